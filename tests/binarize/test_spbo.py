@@ -65,19 +65,15 @@ def loss(W, S, part, kept):
 def test_more_alternations_never_raise_the_loss_they_descend(problem, planes):
     W, S, support = problem
     ranks = ranks_in_groups(W.abs(), 8)
-    part = binarize_part(W, support, planes)
     kept = support & (ranks >= 3)
-    losses = [
-        loss(W, S, spbo(W, S, part, ranks, 3, tau=tau, mask_aware=True, target="retained"), kept)
-        for tau in (1, 2, 4, 8, 64)
-    ]
-    plain = loss(W, S, binarize_part(W, kept, planes), kept)
-    assert (losses[-1][:4] < plain[:4]).all()
-    # the last step alternates tau times from a common start only when the steps before agree
-    carried = spbo(W, S, part, ranks, 3, tau=64, mask_aware=True, target="retained")
-    again = spbo(W, S, carried, ranks, 0, tau=5, mask_aware=True, target="retained")
-    assert torch.isfinite(again.params).all()
-    assert (losses[-1] <= losses[0] * 1.0001 + 1e-6).all()
+    part = binarize_part(W, kept, planes)
+    losses = [loss(W, S, part, kept)]
+    for tau in range(1, 9):
+        fitted = spbo(W, S, part, ranks, 3, tau=tau, mask_aware=True, target="retained")
+        losses.append(loss(W, S, fitted, kept))
+    for before, after in zip(losses, losses[1:]):
+        assert (after <= before * (1 + 1e-5) + 1e-4).all()
+    assert (losses[-1][:4] < losses[0][:4]).all()
 
 
 def test_alternation_converges_to_the_joint_least_squares_solution(problem):
