@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from subbit.codes import CompressedLinear
 from subbit.errors import ModelError, NonFiniteError, RecipeError, nearest
-from subbit.linalg import relative_loss
+from subbit.linalg import Factor, relative_loss
 
-__all__ = ["LinearStats", "Method", "Options", "Settings"]
+__all__ = ["LinearStats", "Method", "Options", "Settings", "damping_record"]
 
 
 class Options(BaseModel):
@@ -89,6 +90,12 @@ class Method(ABC):
     @abstractmethod
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
         """The method itself, on checked input."""
+
+
+def damping_record(factor: Factor) -> dict[str, Any]:
+    """What a record says of the factorisation; damping None = only the diagonal of H was used."""
+    damping = factor.damping if isfinite(factor.damping) else None
+    return {"damping": damping, "dead_columns": int(factor.dead.sum())}
 
 
 def _parse(model: type[Options], method: str, options: dict[str, Any]) -> Options:

@@ -12,8 +12,8 @@ from subbit.binarize.split import label_groups, search_splits
 from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.codes import CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.base import LinearStats, Method, Options
 from subbit.methods.assemble import CodedBlock, assemble
+from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import Scorer, ranks_in_groups
 
 __all__ = ["PBS2P", "PBS2POptions"]
@@ -75,7 +75,7 @@ class PBS2P(Method):
             compensation=o.compensation,
             objective=o.objective,
         )
-        record = {"damping": factor.damping, "dead_columns": int(factor.dead.sum())}
+        record = damping_record(factor)
         return assemble(blocks, self.settings.blocksize, nm, record)
 
     def _compress_block(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
