@@ -1,0 +1,288 @@
+"""Recipes: what to do to a model, from YAML, the command line and Python alike.
+
+A recipe is plain data. It is checked where it is read: an unknown key names the nearest known one,
+and a recipe that contradicts itself is refused in one sentence. The `options` belong to the method
+and are checked by the method's own model.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from subbit.errors import RecipeError, nearest
+
+__all__ = ["CalibrationSpec", "CoarseSpec", "Recipe", "list_recipes", "load_recipe"]
+
+MAX_M = 16
+
+
+# YAML as people expect it: `6:8` is text (YAML 1.1 makes it 368, base 60), `1e-3` is a number.
+_NUMBERS = {
+    "int": r"^[-+]?(0|[1-9][0-9]*)$",
+    "float": r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"
+    r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if not rule[0].endswith((":int", ":float"))]
+        for first, rules in _class.yaml_implicit_resolvers.items()
+    }
+    for _tag, _pattern in _NUMBERS.items():
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789")
+        )
+
+
+def _parse_nm(value: object) -> tuple[int, int]:
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        value = f"{value[0]}:{value[1]}"
+    match = re.fullmatch(r"(\d+):(\d+)", value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"nm is {value!r} but must be 'N:M' with N kept of M, such as '6:8'")
+    n, m = int(match[1]), int(match[2])
+    if not 1 <= n <= m <= MAX_M:
+        raise ValueError(
+            f"nm is '{n}:{m}' but needs 1 <= N <= M <= {MAX_M} (N kept of every M weights)"
+        )
+    return n, m
+
+
+NM = Annotated[
+    tuple[int, int],
+    BeforeValidator(_parse_nm),
+    PlainSerializer(lambda nm: f"{nm[0]}:{nm[1]}", return_type=str),
+]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CalibrationSpec(_Spec):
+    """Which text the method sees.
+
+    Attributes:
+        source: a known corpus name, a `.txt` or `.jsonl` file, `stdlib` or `self`.
+        nsamples: number of windows.
+        seqlen: tokens of one window.
+        bos: where the BOS token goes: nowhere, before every document, before every window.
+        sample: the first windows of the text, or windows at random places drawn with `seed`.
+        seed: seed of that draw (and of the text that `self` samples).
+    """
+
+    source: str = "c4"
+    nsamples: int = Field(128, ge=1)
+    seqlen: int = Field(2048, ge=2)
+    bos: Literal["none", "document", "window"] = "none"
+    sample: Literal["first", "random"] = "first"
+    seed: int = Field(0, ge=0)
+
+
+class CoarseSpec(_Spec):
+    """How the coarse stage shares the budget of kept weights among the decoder blocks.
+
+    Attributes:
+        allocation: by layer importance, or the same N everywhere.
+        n_high: the most important block keeps N + n_high (at most M).
+        n_low: the least important block keeps N - n_low (at least 1).
+    """
+
+    allocation: Literal["layer_importance", "uniform"] = "layer_importance"
+    n_high: int = Field(1, ge=0)
+    n_low: int = Field(1, ge=0)
+
+
+class Recipe(_Spec):
+    """What to do to a model.
+
+    Attributes:
+        name: name of the recipe.
+        method: name of the method (see `subbit methods`).
+        nm: `(N, M)`, N kept of every M consecutive weights of a row; written `"6:8"`.
+        blocksize: columns that are compressed together; a multiple of M.
+        percdamp: share of mean(diag H) that is added to the diagonal of H.
+        skip: patterns of linears or weights that are left as they are; embeddings and lm_head
+            always are.
+        calibration: which text the method sees.
+        coarse: how the kept weights are shared among the decoder blocks.
+        options: options of the method; checked by the method itself.
+
+    Raises:
+        RecipeError: a key or a value means nothing, or two of them contradict each other.
+    """
+
+    name: str
+    method: str
+    nm: NM
+    blocksize: int = Field(128, ge=1)
+    percdamp: float = Field(0.01, ge=0)
+    skip: list[str] = []
+    calibration: CalibrationSpec = CalibrationSpec()
+    coarse: CoarseSpec = CoarseSpec()
+    options: dict[str, Any] = {}
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _explain(error, data.get("name")) from None
+
+    @model_validator(mode="after")
+    def _blocks_hold_whole_groups(self) -> Self:
+        if self.blocksize % self.nm[1]:
+            raise ValueError(
+                f"blocksize {self.blocksize} is not a multiple of M = {self.nm[1]}, so that N:M "
+                "groups would straddle two blocks; choose a multiple of M, such as 128"
+            )
+        return self
+
+    def override(self, settings: Iterable[str]) -> "Recipe":
+        """Return a recipe with some values replaced.
+
+        Args:
+            settings: `"key=value"`, the value in YAML; the key may be dotted
+                (`calibration.nsamples`, `options.tau`). A bare key is looked up in the recipe, in
+                `calibration` and in `coarse`; any other bare key is an option of the method.
+
+        Raises:
+            RecipeError: a setting without `=`, an unknown key, or a value that means nothing.
+        """
+        data = self.model_dump(mode="json")
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals or not key.strip():
+                raise RecipeError(f"the setting '{setting}' is not of the form key=value")
+            *parents, last = self._locate(key.strip())
+            target = data
+            for parent in parents:
+                target = target.setdefault(parent, {})
+                if not isinstance(target, dict):
+                    raise RecipeError(f"the setting '{key.strip()}' goes into a key without parts")
+            target[last] = _read_yaml(text, f"the setting '{setting}'")
+        return Recipe(**data)
+
+    def _locate(self, key: str) -> list[str]:
+        if "." in key or key in Recipe.model_fields:
+            return key.split(".")
+        for part, spec in (("calibration", CalibrationSpec), ("coarse", CoarseSpec)):
+            if key in spec.model_fields:
+                return [part, key]
+        if key not in self.options:
+            close = difflib.get_close_matches(key, _bare_keys(), n=1, cutoff=0.8)
+            if close:
+                raise RecipeError(f"unknown setting '{key}'; did you mean '{close[0]}'?")
+        return ["options", key]
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe as YAML that `load_recipe` reads back to an equal recipe."""
+        data = self.model_dump(mode="json")
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) of the recipe as canonical JSON."""
+        data = self.model_dump(mode="json")
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Return a shipped recipe by name, or read one from a YAML file.
+
+    Raises:
+        RecipeError: no such recipe (the nearest name is given), or the file is not a recipe.
+    """
+    path = Path(name_or_path)
+    looks_like_file = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    if looks_like_file or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"cannot read the recipe file {path}: {reason}") from None
+        return _from_text(text, path.stem, f"the recipe file {path}")
+    shipped = _shipped()
+    if str(name_or_path) not in shipped:
+        raise RecipeError(
+            f"unknown recipe '{name_or_path}'{nearest(str(name_or_path), shipped)} "
+            "(a recipe is a name or a .yaml file)"
+        )
+    return _from_text(shipped[str(name_or_path)], str(name_or_path), f"recipe {name_or_path}")
+
+
+def list_recipes() -> list[Recipe]:
+    """Return the shipped recipes, sorted by name."""
+    return [_from_text(text, name, f"recipe {name}") for name, text in sorted(_shipped().items())]
+
+
+def _shipped() -> dict[str, str]:
+    folder = resources.files("subbit").joinpath("recipes")
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+
+
+def _from_text(text: str, default_name: str, where: str) -> Recipe:
+    data = _read_yaml(text, where)
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{where} does not hold 'key: value' lines")
+    return Recipe(**{"name": default_name, **data})
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"{where} is not valid YAML{line}: {problem}") from None
+
+
+def _bare_keys() -> list[str]:
+    return [*Recipe.model_fields, *CalibrationSpec.model_fields, *CoarseSpec.model_fields]
+
+
+def _explain(error: ValidationError, name: object) -> RecipeError:
+    """Turn the first complaint of pydantic into one sentence."""
+    first = error.errors(include_url=False)[0]
+    recipe = f"recipe '{name}'" if isinstance(name, str) else "the recipe"
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        parts = {"calibration": CalibrationSpec, "coarse": CoarseSpec}
+        known = parts[path[0]].model_fields if len(path) > 1 else Recipe.model_fields
+        return RecipeError(f"{recipe} has an unknown key '{key}'{nearest(path[-1], known)}")
+    if first["type"] == "missing":
+        return RecipeError(f"{recipe} lacks the key '{key}'")
+    if first["type"] == "value_error":
+        return RecipeError(f"{recipe}: {first['ctx']['error']}")
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return RecipeError(f"{recipe}: {key} is {first['input']!r} but {reason}")

@@ -1,0 +1,1 @@
+"""Long work: progress, a log line per linear, commits and resume, memory."""
