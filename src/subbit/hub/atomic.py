@@ -41,9 +41,7 @@ def save_atomically(out: str | Path, build: Callable[[Path], None]) -> Path:
         _flush(work)
         os.replace(work, out)
     except OSError as error:
-        raise OutputError(
-            f"'{out}' could not be written: {error}; free space and retry."
-        ) from error
+        raise OutputError(f"'{out}' could not be written: {error}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out

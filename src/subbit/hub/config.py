@@ -1,5 +1,6 @@
 """The `quantization_config` of a packed model: everything needed to rebuild its modules."""
 
+import re
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -11,6 +12,15 @@ from subbit.packed.layout import FORMAT_VERSION, Layout
 __all__ = ["QUANT_METHOD", "SubbitConfig"]
 
 QUANT_METHOD = "subbit"
+
+
+def _natural(entries: dict[str, Any]) -> dict[str, Any]:
+    """Order by name, numbers by value: JSON sorts "layers.10" before "layers.2"."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]
+
+    return {name: entries[name] for name in sorted(entries, key=key)}
 
 
 class SubbitConfig(QuantizationConfigMixin):
@@ -51,10 +61,10 @@ class SubbitConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.modules = modules or {}
+        self.modules = _natural(modules or {})
         self.recipe = recipe or {}
         self.calibration = calibration or {}
-        self.linears = linears or {}
+        self.linears = _natural(linears or {})
         self.embeddings = embeddings or []
         self.base_model = base_model
         self.subbit_version = subbit_version

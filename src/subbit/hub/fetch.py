@@ -8,7 +8,6 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
@@ -21,33 +20,34 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def local_folder(path: str | Path) -> Path:
-    """Return the folder of a packed model, fetched from the hub if `path` is a hub id.
+    """Return `path` if it is a folder, else fetch the packed model of that hub id.
 
     The small config.json is fetched and judged before the weights are.
 
     Raises:
-        ModelError: no such folder or hub id, no network, or not a packed model.
+        ModelError: no such folder or hub id, no network, or not a packed model on the hub.
         FormatError: its config.json is damaged, or newer than this program.
     """
     folder = Path(path)
     if folder.is_dir():
-        read_config(folder)
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
-        raise ModelError(
-            f"'{path}' is not a folder; give the folder of a packed model or a hub id."
-        )
+        raise ModelError(f"'{path}' is not a folder; give a packed model's folder or a hub id.")
     try:
         read_config(Path(hf_hub_download(str(path), "config.json")).parent)
         return Path(snapshot_download(str(path)))
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(path) from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"'{path}' on the hub has no config.json, so it is no model.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(f"'{path}' is neither a folder here nor a model on the hub.") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ModelError(
-                f"'{path}' on the hub has no config.json, so it is no model."
-            ) from error
-        raise ModelError(
-            f"'{path}' is not a folder here, and the hub cannot be reached to look for it; "
-            "check the path, or the network (and HF_HUB_OFFLINE)."
-        ) from error
+    except OSError as error:  # no network, in all its forms, offline mode included
+        raise _unreachable(path) from error
+
+
+def _unreachable(path: str | Path) -> ModelError:
+    return ModelError(
+        f"'{path}' is not a folder here, and the hub cannot be reached to look for it; "
+        "check the path, or the network (and HF_HUB_OFFLINE)."
+    )

@@ -1,8 +1,8 @@
 """Makes `import subbit` enough for `AutoModelForCausalLM.from_pretrained(packed folder)`.
 
 `import subbit` must stay light, and transformers has no entry point for quantizers. So when
-transformers' table of quantizers is not loaded yet, a finder waits for that one module, adds ours to
-the table as soon as it exists, and is gone. Nothing of transformers is changed; the table is its
+transformers' table of quantizers is not loaded yet, a finder waits for that one module, adds ours
+to the table as soon as it exists, and is gone. Nothing of transformers is changed; the table is its
 public registry. Standard library only.
 """
 

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from subbit.errors import FormatError, ModelError
 from subbit.hub.config import QUANT_METHOD, SubbitConfig
 from subbit.hub.headers import TensorInfo, read_folder_headers
 from subbit.packed.layout import Layout
+from subbit.packed.report import bit_report
 
 __all__ = ["inspect_folder", "is_packed", "read_config"]
 
@@ -59,9 +62,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         A dict with "format_version", "subbit_version", "base_model", "recipe", "calibration",
-        "linears" (one dict each: "name", "shape", "nm", "loss", "salient_share", "damping",
-        "paper_bits", None where unknown, "stored_bits" per weight and "bytes" of the tensors in
-        the file) and "total". In "total", `linear_bytes + other_bytes + header_bytes ==
+        "linears" (one dict each: "name", "shape", "nm", "loss" and "damping", None where not
+        recorded, "salient_share", "paper_bits" and "stored_bits" per weight, "bytes" of its packed
+        tensors in the file) and "total". In "total", `linear_bytes + other_bytes + header_bytes ==
         file_bytes`, the size of all safetensors files; "paper_bits" and "stored_bits" are per
         weight of the packed linears, the two "file_bits_..." per parameter of the dense model.
 
@@ -101,15 +104,26 @@ def _linear(
         if info is None:
             raise FormatError(f"the tensor '{name}.{field}' is missing; copy the folder again.")
         stored += info.nbytes
-    known = ("loss", "salient_share", "damping", "paper_bits")
+    report = bit_report(layout, _salient_columns(f"{name}.salient", tensors))
     return {
         "name": name,
         "shape": [layout.rows, layout.cols],
         "nm": None if layout.nm is None else list(layout.nm),
-        **{key: record.get(key) for key in known},
+        "loss": record.get("loss"),
+        "damping": record.get("damping"),
+        "salient_share": report.salient_share,
+        "paper_bits": record.get("paper_bits", report.paper_bits),
         "stored_bits": 8 * stored / (layout.rows * layout.cols),
         "bytes": stored,
     }
+
+
+def _salient_columns(key: str, tensors: dict[str, TensorInfo]) -> int:
+    """Count the salient columns of one linear in its bitmap (a few bytes of the file)."""
+    if key not in tensors:
+        return 0
+    with safe_open(tensors[key].file, framework="pt") as file:
+        return sum(byte.bit_count() for byte in file.get_tensor(key).tolist())
 
 
 def _total(
@@ -154,8 +168,8 @@ def _bits(nbytes: int, count: int) -> float | None:
 
 
 def _mean_paper_bits(linears: list[dict[str, Any]]) -> float | None:
-    """Mean over all weights, or None if some linear's is unknown."""
-    if not linears or any(linear["paper_bits"] is None for linear in linears):
+    """Mean over all weights; None without any."""
+    if not linears:
         return None
     sizes = [linear["shape"][0] * linear["shape"][1] for linear in linears]
     bits = sum(linear["paper_bits"] * size for linear, size in zip(linears, sizes, strict=True))

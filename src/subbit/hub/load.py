@@ -16,11 +16,10 @@ from transformers import (
 from subbit.errors import FormatError, ModelError
 from subbit.hub.fetch import local_folder
 from subbit.hub.headers import read_folder_headers
-from subbit.hub.inspect import is_packed
+from subbit.hub.inspect import is_packed, read_config
 from subbit.hub.manifest import MANIFEST, has_manifest, verify_manifest
 from subbit.hub.quantizer import packed_modules, register
 from subbit.packed.layout import FORMAT_VERSION
-from subbit.packed.pack import unpack
 
 __all__ = ["is_packed", "load", "load_tokenizer"]
 
@@ -51,7 +50,8 @@ def load(
     checked = has_manifest(folder)
     if checked:
         verify_manifest(folder, FORMAT_VERSION)
-    else:
+    read_config(folder)
+    if not checked:
         warnings.warn(
             f"'{folder}' has no {MANIFEST}, so that damage to its files cannot be told by checksum "
             "(it was re-saved by transformers).",
@@ -73,6 +73,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ModelError: no packed folder, or it holds no tokenizer.
     """
     folder = local_folder(path)
+    read_config(folder)
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -101,9 +102,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _build(folder: Path, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:
+    device_map = None if device.type == "cpu" else {"": device}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, output_loading_info=True
+            folder, dtype=dtype, device_map=device_map, output_loading_info=True
         )
     except SafetensorError as error:
         raise FormatError(
@@ -134,6 +136,6 @@ def _check_contents(model: PreTrainedModel) -> None:
     """Read every packed linear once, so that damaged codes are refused now and not in use."""
     for name, module in packed_modules(model).items():
         try:
-            unpack(module.layout, {f: getattr(module, f) for f in module.layout.fields()})
+            module.compressed()
         except FormatError as error:
             raise FormatError(f"'{name}': {error}") from error

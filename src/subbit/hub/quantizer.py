@@ -1,4 +1,4 @@
-"""The transformers quantizer: packed modules instead of dense linears, before weights are loaded."""
+"""The transformers quantizer: puts packed modules in place before the weights are loaded."""
 
 import copy
 import re
@@ -139,6 +139,21 @@ def _swap(model: nn.Module, name: str, layout: Layout, bias: bool) -> None:
         )
     packed = PackedLinear(layout, bias=bias, dtype=dense.weight.dtype, device=dense.weight.device)
     model.set_submodule(name, packed.train(dense.training))
+    _skip_initialisation(model, name)
+
+
+def _skip_initialisation(model: nn.Module, name: str) -> None:
+    """Keep transformers from initialising a packed linear through the modules around it.
+
+    It calls `_init_weights` on every module without its mark, and GPT-2's reaches for the weight of
+    a linear from the block that holds it. Modules with tensors of their own are left alone.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts) + 1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own or isinstance(module, PackedLinear):
+            module._is_hf_initialized = True
 
 
 def _check_stored(layouts: dict[str, tuple[Layout, bool]], files: list[str] | None) -> None:

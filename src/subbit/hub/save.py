@@ -86,7 +86,8 @@ def save_packed(
     (out / "recipe.yaml").write_text(
         yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    card = model_card(inspect_folder(out), remote_code=remote_code)
+    facts = inspect_folder(out) | {"recipe": recipe, "calibration": calibration}
+    card = model_card(facts, remote_code=remote_code)
     (out / "README.md").write_text(card, encoding="utf-8")
     write_manifest(out, config.format_version)
 
