@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 
 from subbit.errors import RecipeError
 from subbit.evaluate import chat_loop, generate
+from tiny_models import tiny_model, tiny_tokenizer
 
 module = sys.modules["subbit.evaluate.generate"]  # the package's name is the function
 TEMPLATE = (

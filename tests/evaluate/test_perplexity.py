@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_model
 
 from subbit.errors import NonFiniteError, RecipeError
 from subbit.evaluate import perplexity
 from subbit.text import Windows
+from tiny_models import tiny_model
 
 module = sys.modules["subbit.evaluate.perplexity"]  # the package's name is the function
 FAMILIES = ["llama", "llama-gqa", "gemma2", "opt", "gpt2", "gpt-neox"]

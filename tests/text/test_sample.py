@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 
 from subbit.errors import NonFiniteError, RecipeError
 from subbit.text import calibration_windows, sample_windows
+from tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 KNOWN = len(TOKENIZER)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_model, tiny_tokenizer
 
 from subbit.errors import CalibrationError, RecipeError
 from subbit.text import Text, calibration_windows, check_windows, make_windows
 from subbit.text.windows import fingerprint
+from tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
