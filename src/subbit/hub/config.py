@@ -54,7 +54,7 @@ class SubbitConfig(QuantizationConfigMixin):
         subbit_version: str = __version__,
         **_unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or format_version > FORMAT_VERSION:
             raise FormatError(
                 f"config.json says subbit format version {format_version}, this subbit reads up to "
                 f"{FORMAT_VERSION}; upgrade subbit (pip install -U subbit)."
