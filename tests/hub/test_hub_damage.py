@@ -206,6 +206,14 @@ def test_a_module_that_is_no_layout_is_named(entry, folders, copy_of):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("key", ["modules", "recipe", "linears", "calibration"])
+def test_a_config_of_other_types_is_refused(key, folders, copy_of):
+    folder = copy_of(folders("llama"))
+    edit_config(folder, **{key: ["x"]})
+    with pytest.raises(FormatError, match=r"config.json holds \['x'\]"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_a_module_that_the_model_lacks_is_named(folders, copy_of):
     folder = copy_of(folders("llama"))
     config = json.loads((folder / "config.json").read_text())
@@ -270,6 +278,27 @@ def test_a_hub_id_without_network_is_one_clear_sentence(monkeypatch):
 def test_any_bytes_are_a_header_or_refused(tmp_path_factory, body, length):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(body if length is None else struct.pack("<Q", length) + body)
+    with pytest.raises(FormatError, match=r"any.safetensors"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "null",
+        "[" * 100_000,
+        '{"a": 1}',
+        '{"a": {"dtype": "U8", "shape": [1], "data_offsets": ["x", "y"]}}',
+        '{"a": {"dtype": "U8", "shape": ["x"], "data_offsets": [0, 1]}}',
+        '{"a": {"dtype": "U8", "shape": 1, "data_offsets": [0, 1]}}',
+        '{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}',
+    ],
+)
+def test_senseless_headers_are_refused(text, tmp_path):
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + b"\0")
     with pytest.raises(FormatError, match=r"any.safetensors"):
         read_header(path)
 
