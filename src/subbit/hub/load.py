@@ -112,7 +112,8 @@ def _build(folder: Path, dtype: str | torch.dtype, device: torch.device) -> PreT
             f"the weights in '{folder}' cannot be read ({error}); copy or download them again."
         ) from error
     except (RuntimeError, ValueError, OSError) as error:
-        raise ModelError(f"'{folder}' cannot be loaded: {error}") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelError(f"'{folder}' cannot be loaded: {reason}") from error
     _refuse_gaps(folder, info)
     return model
 
