@@ -1,4 +1,4 @@
-"""The plan of the house holds: every import of ours is an arrow that docs/architecture.md allows."""
+"""The plan of the house holds: every import is an arrow that docs/architecture.md allows."""
 
 import ast
 import re
