@@ -1,0 +1,1 @@
+"""Weights to signs and scales: groups, salient columns, split points, SPBO."""

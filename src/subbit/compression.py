@@ -1,0 +1,485 @@
+"""The main job: a model and a little text in, the same model with packed linears out.
+
+Read `compress` from top to bottom. Blocks are taken in order; each is calibrated on the outputs of
+the blocks that are already compressed, and committed to disk before the next one begins.
+"""
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import subbit
+from subbit.errors import RecipeError
+from subbit.hub.atomic import save_atomically
+from subbit.hub.save import save_packed
+from subbit.linalg import GramAccumulator
+from subbit.methods import LinearStats, Method, Settings, make_method
+from subbit.model import (
+    Blocks,
+    LoadedModel,
+    block_similarities,
+    capture_inputs,
+    check_coverage,
+    check_finite,
+    find_blocks,
+    find_linears,
+    fingerprint,
+    first_inputs,
+    is_skipped,
+    load_model,
+    record_calls,
+    replace_module,
+    run_block,
+    weight_of,
+)
+from subbit.packed.layout import FORMAT_VERSION, Layout
+from subbit.packed.linear import PackedLinear
+from subbit.packed.report import bit_report
+from subbit.prune.allocate import allocate, mean_kept
+from subbit.recipe import Recipe, load_recipe
+from subbit.run.commits import Workdir, check_output
+from subbit.run.log import LinearLog
+from subbit.run.memory import peak_rss_bytes
+from subbit.run.progress import Progress
+from subbit.text import Windows, calibration_windows
+
+__all__ = ["CompressedModel", "compress"]
+
+
+@dataclass
+class CompressedModel:
+    """What `compress` returns.
+
+    Attributes:
+        model: the model, its linears replaced by `PackedLinear`s.
+        tokenizer: its tokenizer, or None.
+        recipe: the recipe that was used, all overrides applied.
+        calibration: where the calibration tokens came from, and their fingerprint.
+        records: dotted name of each linear -> facts about its fit; the same in every run.
+        report: totals of this run: seconds a stage, peak memory, kept weights, bits.
+        log: one line per linear, as in `compression.jsonl`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    recipe: Recipe
+    calibration: dict[str, Any]
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    base_model: str | None = None
+
+    def save_pretrained(self, out: str | Path, max_shard_size: str = "5GB") -> None:
+        """Write the packed model folder, atomically; see `subbit.load`.
+
+        Raises:
+            OutputError: `out` exists or cannot be made.
+        """
+        save_atomically(Path(out), lambda folder: self.write(folder, max_shard_size))
+
+    def write(self, folder: Path, max_shard_size: str = "5GB") -> None:
+        """Fill an existing folder with the packed model and its log."""
+        save_packed(
+            self.model,
+            self.tokenizer,
+            folder,
+            recipe=self.recipe.model_dump(mode="json"),
+            calibration=self.calibration,
+            records=self.records,
+            base_model=self.base_model,
+            max_shard_size=max_shard_size,
+        )
+        with LinearLog(folder / "compression.jsonl", self.log) as log:
+            log.write({"run": self.report})
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Recipe = "pbs2p-6-8",
+    calibration: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: str | Path | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: str = "auto",
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+) -> CompressedModel:
+    """Compress the linears of a causal LM.
+
+    Args:
+        model: hub id, local folder, `.gguf` file, or a loaded model (changed in place).
+        recipe: name of a shipped recipe, a YAML file, or a `Recipe`.
+        calibration: text source (`c4`, `wikitext2`, `ptb`, a file, `stdlib`, `self`) instead of
+            the recipe's; likewise `nsamples` and `seqlen`.
+        tokenizer: needed when `model` is a loaded model.
+        out: folder to write; finished blocks are committed beside it and an interrupted run
+            resumes. None keeps everything in memory.
+        device: where the work is done: "auto", "cpu", "cuda", "cuda:1"...
+        dtype: dtype the model is run in: "auto", "float32", "bfloat16" or "float16".
+        resume: "auto", "required" or "never".
+        overrides: `key=value` changes to the recipe.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SubbitError: anything the user can mend, before hours of work wherever possible.
+    """
+    recipe = _settle(recipe, calibration, nsamples, seqlen, overrides)
+    method = make_method(
+        recipe.method,
+        recipe.options,
+        Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed),
+    )
+    if out is not None:
+        check_output(Path(out), resume)
+    place = _device(device)
+    loaded = _load(model, tokenizer, dtype)
+    check_finite(loaded.model)
+    blocks = find_blocks(loaded.model)
+    check_coverage(loaded.model, blocks, recipe.skip)
+    windows = _windows(recipe, loaded)
+    with ExitStack() as stack:
+        workdir = None
+        if out is not None:
+            identity = _identity(recipe, loaded, windows, place)
+            workdir = stack.enter_context(Workdir.open(Path(out), identity, resume))
+        job = _Job(loaded, blocks, windows, recipe, method, place, workdir)
+        with Progress(job.steps, enabled=progress) as bar:
+            result = job.run(bar)
+            if workdir is not None:
+                bar.phase("writing")
+                workdir.publish(result.write)
+    return result
+
+
+def _settle(
+    recipe: str | Path | Recipe,
+    calibration: str | None,
+    nsamples: int | None,
+    seqlen: int | None,
+    overrides: Sequence[str],
+) -> Recipe:
+    """Apply everything that the caller changes about the recipe."""
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    recipe = recipe.override(list(overrides))
+    given = {"source": calibration, "nsamples": nsamples, "seqlen": seqlen}
+    named = [f"calibration.{key}={value}" for key, value in given.items() if value is not None]
+    return recipe.override(named)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise RecipeError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device '{device}' is not available on this machine; use --device cpu")
+    return place
+
+
+def _load(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str
+) -> LoadedModel:
+    if not isinstance(model, nn.Module):
+        loaded = load_model(model, dtype=dtype)
+        return loaded if tokenizer is None else LoadedModel(loaded.model, tokenizer, loaded.source, loaded.kind)
+    if tokenizer is None:
+        raise RecipeError("compress() was given a loaded model without tokenizer; pass tokenizer=")
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
+    return LoadedModel(model.eval(), tokenizer, model.config._name_or_path, "memory")
+
+
+def _windows(recipe: Recipe, loaded: LoadedModel) -> Windows:
+    spec = recipe.calibration
+    return calibration_windows(
+        spec.source,
+        loaded.tokenizer,
+        loaded.model,
+        nsamples=spec.nsamples,
+        seqlen=spec.seqlen,
+        bos=spec.bos,
+        sample=spec.sample,
+        seed=spec.seed,
+    )
+
+
+def _identity(
+    recipe: Recipe, loaded: LoadedModel, windows: Windows, device: torch.device
+) -> dict[str, Any]:
+    """Everything that decides the result; a run resumes only where all of it is the same."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": {"source": loaded.source, "sha256": fingerprint(loaded.model)},
+        "calibration": windows.to_dict(),
+        "dtype": str(loaded.model.dtype),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "subbit": subbit.__version__,
+            "format": FORMAT_VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+class _Job:
+    """One run over the blocks of a model."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        blocks: Blocks,
+        windows: Windows,
+        recipe: Recipe,
+        method: Method,
+        device: torch.device,
+        workdir: Workdir | None,
+    ) -> None:
+        self.model, self.blocks, self.tokens = loaded.model, blocks, windows.tokens
+        self.recipe, self.method, self.device, self.workdir = recipe, method, device, workdir
+        self.result = CompressedModel(
+            loaded.model, loaded.tokenizer, recipe, windows.to_dict(), base_model=loaded.source
+        )
+        self.linears = [
+            {
+                name: linear
+                for name, linear in find_linears(block).items()
+                if not is_skipped(f"{blocks.name(i)}.{name}", recipe.skip)
+            }
+            for i, block in enumerate(blocks.modules)
+        ]
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the coarse stage has to look at the blocks."""
+        return self.recipe.coarse.allocation != "uniform"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole job: one per window and pass, one per linear and ten windows."""
+        passes = 3 if self.coarse else 2
+        linears = sum(map(len, self.linears))
+        return len(self.blocks.modules) * len(self.tokens) * passes + linears * self._linear_steps
+
+    @property
+    def _linear_steps(self) -> int:
+        return max(1, len(self.tokens) // 10)
+
+    def run(self, bar: Progress) -> CompressedModel:
+        """Coarse stage, then block by block: capture, compress, commit, propagate."""
+        started = time.monotonic()
+        calls = record_calls(self.model, self.blocks, self.tokens)
+        hidden = first_inputs(self.model, self.blocks, self.tokens)
+        kept = self._coarse_stage(calls, hidden, bar)
+        log = self._open_log()
+        count = len(self.blocks.modules)
+        bar.phase("compressing")
+        for i, block in enumerate(self.blocks.modules):
+            bar.update(block=i + 1, nblocks=count)
+            if self.workdir is not None and i < self.workdir.committed:
+                self._restore(i)
+                bar.skip(len(self.tokens) + len(self.linears[i]) * self._linear_steps)
+            else:
+                nm = (kept[i], self.recipe.nm[1])
+                self._compress_block(i, hidden, calls[i], nm, bar, log)
+            if i + 1 < count:  # nobody looks at what the last block puts out
+                with self._stage("propagate"), _dense_cache(block):
+                    run_block(
+                        block, hidden, calls[i], out=hidden, device=self.device, advance=bar.advance
+                    )
+        if log is not None:
+            log.close()
+        self._finish(kept, time.monotonic() - started)
+        return self.result
+
+    def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> list[int]:
+        """How many of every M weights each block keeps."""
+        sizes = [sum(weight_of(m).numel() for m in linears.values()) for linears in self.linears]
+        spec = self.recipe.coarse
+        similarities: list[float] = []
+        if self.coarse:
+            bar.phase("coarse stage: importance of the blocks")
+            windows = len(self.tokens) * len(sizes)
+            known = self.workdir.fetch("similarities") if self.workdir is not None else None
+            if known is None:
+                with self._stage("coarse"):
+                    known = block_similarities(
+                        self.blocks, calls, hidden, device=self.device, advance=bar.advance
+                    )
+                if self.workdir is not None:
+                    self.workdir.store("similarities", known)
+            else:
+                bar.skip(windows)
+            similarities = known
+        kept = allocate(
+            similarities,
+            sizes,
+            self.recipe.nm,
+            allocation=spec.allocation,
+            n_high=spec.n_high,
+            n_low=spec.n_low,
+        )
+        self.result.report["mean_kept"] = mean_kept(kept, sizes)
+        self.result.report["block_similarities"] = similarities
+        return kept
+
+    def _open_log(self) -> LinearLog | None:
+        """The log of this run, starting with the lines of the blocks that are committed already."""
+        if self.workdir is None:
+            return None
+        lines = [
+            line for i in range(self.workdir.committed) for line in self.workdir.load(i)[1]["log"]
+        ]
+        return LinearLog(self.workdir.path / "log.jsonl", lines)
+
+    def _compress_block(
+        self, i: int, hidden: Tensor, call: Any, nm: tuple[int, int], bar: Progress, log: LinearLog | None
+    ) -> None:
+        block, linears = self.blocks.modules[i], self.linears[i]
+        with self._stage("capture"):
+            stats = capture_inputs(
+                block,
+                hidden,
+                call,
+                linears,
+                lambda features: GramAccumulator(features, self.device),
+                device=self.device,
+                advance=bar.advance,
+            )
+        lines = []
+        for name, linear in linears.items():
+            full = f"{self.blocks.name(i)}.{name}"
+            bar.update(linear=name)
+            with self._stage("compress"):
+                begun = time.monotonic()
+                gram = stats[name]
+                packed, record = self._compress_linear(full, linear, gram, nm)
+                seconds = time.monotonic() - begun
+            replace_module(block, name, packed)
+            bar.update(loss=record["loss"])
+            bar.advance(self._linear_steps)
+            timing = {"seconds": round(seconds, 4), "peak_rss_bytes": peak_rss_bytes()}
+            lines.append({"block": i, "name": full, **record, **timing})
+            if log is not None:
+                log.write(lines[-1])
+            self.result.records[full] = record
+        self.result.log += lines
+        if self.workdir is not None:
+            with self._stage("commit"):
+                self.workdir.commit(i, *_commit_of(block, linears, lines))
+
+    def _compress_linear(
+        self, name: str, linear: nn.Module, gram: GramAccumulator, nm: tuple[int, int]
+    ) -> tuple[PackedLinear, dict[str, Any]]:
+        weight = weight_of(linear)
+        W = weight.to(self.device, torch.float32)
+        result = self.method.compress(W, LinearStats(gram.H, gram.tokens, name), nm)
+        packed = PackedLinear.from_compressed(result, linear.bias, self.model.dtype)
+        packed.to(weight.device)
+        salient = 0 if result.salient is None else int(result.salient.sum())
+        bits = bit_report(packed.layout, salient)
+        record = {
+            "shape": list(result.shape),
+            "nm": list(nm),
+            **result.record,
+            "paper_bits": bits.paper_bits,
+            "stored_bits": bits.stored_bits,
+        }
+        return packed, record
+
+    def _restore(self, i: int) -> None:
+        """Put a committed block in place, as it was when it was committed."""
+        tensors, meta = self.workdir.load(i)
+        block = self.blocks.modules[i]
+        for name, linear in self.linears[i].items():
+            layout = Layout.from_dict(meta["layouts"][name])
+            packed = PackedLinear(layout, linear.bias is not None, self.model.dtype, device="meta")
+            state = {field: tensors[f"{name}.{field}"] for field in layout.fields()}
+            if linear.bias is not None:
+                state["bias"] = linear.bias.detach()
+            packed.load_state_dict(state, assign=True)
+            packed.requires_grad_(False)
+            replace_module(block, name, packed)
+        for line in meta["log"]:
+            facts = {k: v for k, v in line.items() if k not in _VARYING}
+            self.result.records[line["name"]] = facts
+        self.result.log += meta["log"]
+
+    def _finish(self, kept: list[int], seconds: float) -> None:
+        records = self.result.records.values()
+        weights = [record["shape"][0] * record["shape"][1] for record in records]
+
+        def mean(key: str) -> float:
+            return sum(r[key] * w for r, w in zip(records, weights)) / sum(weights)
+
+        self.result.report |= {
+            "kept": kept,
+            "m": self.recipe.nm[1],
+            "linears": len(weights),
+            "weights": sum(weights),
+            "mean_loss": sum(record["loss"] for record in records) / len(weights),
+            "paper_bits": mean("paper_bits"),
+            "stored_bits": mean("stored_bits"),
+            "salient_share": mean("salient_share"),
+            "seconds": {"total": seconds, **self.seconds},
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+
+_VARYING = ("block", "name", "seconds", "peak_rss_bytes")  # of a log line: not part of a record
+
+
+def _commit_of(
+    block: nn.Module, linears: dict[str, nn.Module], lines: list[dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts from which `_restore` can rebuild a block."""
+    packed = {name: block.get_submodule(name) for name in linears}
+    tensors = {
+        f"{name}.{field}": tensor
+        for name, module in packed.items()
+        for field, tensor in module.fields().items()
+    }
+    layouts = {name: module.layout.to_dict() for name, module in packed.items()}
+    return tensors, {"layouts": layouts, "log": lines}
+
+
+@contextmanager
+def _dense_cache(block: nn.Module) -> Iterator[None]:
+    """Let the packed linears of a block decode once for all windows."""
+    packed = [module for module in block.modules() if isinstance(module, PackedLinear)]
+    for module in packed:
+        module.keep_dense = True
+    try:
+        yield
+    finally:
+        for module in packed:
+            module.keep_dense = False

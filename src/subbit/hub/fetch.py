@@ -1,0 +1,53 @@
+"""A local folder for a path or a hub id."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from subbit.errors import ModelError
+from subbit.hub.inspect import read_config
+
+__all__ = ["local_folder"]
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return `path` if it is a folder, else fetch the packed model of that hub id.
+
+    The small config.json is fetched and judged before the weights are.
+
+    Raises:
+        ModelError: no such folder or hub id, no network, or not a packed model on the hub.
+        FormatError: its config.json is damaged, or newer than this program.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(str(path)):
+        raise ModelError(f"'{path}' is not a folder; give a packed model's folder or a hub id.")
+    try:
+        read_config(Path(hf_hub_download(str(path), "config.json")).parent)
+        return Path(snapshot_download(str(path)))
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(path) from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"'{path}' on the hub has no config.json, so it is no model.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(f"'{path}' is neither a folder here nor a model on the hub.") from error
+    except OSError as error:  # no network, in all its forms, offline mode included
+        raise _unreachable(path) from error
+
+
+def _unreachable(path: str | Path) -> ModelError:
+    return ModelError(
+        f"'{path}' is not a folder here, and the hub cannot be reached to look for it; "
+        "check the path, or the network (and HF_HUB_OFFLINE)."
+    )

@@ -1,0 +1,142 @@
+"""Write a packed model into a folder: the same model gives the same bytes, every time."""
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+import transformers
+import yaml
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subbit.errors import ModelError
+from subbit.hub.card import model_card
+from subbit.hub.config import SubbitConfig
+from subbit.hub.headers import read_folder_headers
+from subbit.hub.inspect import inspect_folder
+from subbit.hub.manifest import write_manifest
+from subbit.hub.quantizer import attach, packed_modules
+
+__all__ = ["save_packed"]
+
+_MODELING = '''\
+"""Opens this folder through `trust_remote_code=True`; it needs `pip install subbit`."""
+
+from transformers import {name} as _Dense
+
+import subbit  # noqa: F401  (teaches transformers the packed format)
+
+
+class {name}(_Dense):
+    """The model of transformers itself; its packed linears come from subbit."""
+'''
+
+
+def save_packed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    *,
+    recipe: dict[str, Any],
+    calibration: dict[str, Any],
+    records: dict[str, dict[str, Any]],
+    base_model: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Write a model that holds `PackedLinear` modules as a packed folder.
+
+    Afterwards the model's config says what it is, so that its own `save_pretrained` works too. The
+    facts are written as given: leave out times and other things that differ from run to run.
+
+    Args:
+        model: the compressed model.
+        tokenizer: saved beside the weights; None for a model without one.
+        out: the folder to fill (`atomic.save_atomically` makes it appear at once).
+        recipe: the recipe as plain JSON.
+        calibration: where the calibration tokens came from, and their fingerprint.
+        records: dotted name of each packed linear -> facts about its fit.
+        base_model: name of the model that was compressed; of a local path the last part is kept.
+        max_shard_size: size from which the weights are split into several files.
+
+    Raises:
+        ModelError: the model holds no packed linear, or transformers would store its tensors under
+            names that cannot be found again.
+    """
+    packed = packed_modules(model)
+    if not packed:
+        raise ModelError("the model holds no packed linear; compress it before saving it.")
+    modules = {
+        name: module.layout.to_dict() | {"bias": module.bias is not None}
+        for name, module in packed.items()
+    }
+    config = SubbitConfig(
+        modules=modules,
+        recipe=recipe,
+        calibration=calibration,
+        linears={name: records[name] for name in modules if name in records},
+        embeddings=_embedding_tensors(model),
+        base_model=_public_name(base_model),
+    )
+    attach(model, config)
+    model.save_pretrained(out, max_shard_size=max_shard_size)
+    _check_names(model, out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    remote_code = _write_modeling(model, out)
+    (out / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    facts = inspect_folder(out) | {"recipe": recipe, "calibration": calibration}
+    card = model_card(facts, remote_code=remote_code)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(out, config.format_version)
+
+
+def _public_name(base_model: str | None) -> str | None:
+    """A hub id as it is, a path of this machine by its last part only."""
+    if base_model is None:
+        return None
+    path = PurePath(base_model)
+    local = path.is_absolute() or len(path.parts) != 2 or Path(base_model).exists()
+    return path.name if local else base_model
+
+
+def _embedding_tensors(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that embed tokens or positions or map back to the vocabulary."""
+    head = model.get_output_embeddings()
+    return [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or module is head
+        for parameter, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def _check_names(model: PreTrainedModel, out: Path) -> None:
+    """Every packed tensor must be in the files under the name of its module."""
+    stored = {name for header in read_folder_headers(out) for name in header.tensors}
+    for name, module in packed_modules(model).items():
+        missing = [f for f in module.layout.fields() if f"{name}.{f}" not in stored]
+        if missing:
+            raise ModelError(
+                f"transformers stores '{name}.{missing[0]}' of {type(model).__name__} under "
+                "another name, so that it could not be loaded again; this architecture is not "
+                "supported."
+            )
+
+
+def _write_modeling(model: PreTrainedModel, out: Path) -> bool:
+    """Make the folder open through `trust_remote_code=True`; False for a model of foreign code."""
+    name = type(model).__name__
+    if not hasattr(transformers, name) or "auto_map" in _read_json(out / "config.json"):
+        return False
+    (out / "modeling_subbit.py").write_text(_MODELING.format(name=name), encoding="utf-8")
+    config = _read_json(out / "config.json")
+    config["auto_map"] = {"AutoModelForCausalLM": f"modeling_subbit.{name}"}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

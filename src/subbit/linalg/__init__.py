@@ -1,0 +1,15 @@
+"""Second-order statistics of a linear's inputs and the block loop that compensates errors with them."""
+
+from subbit.linalg.blockloop import BlockView, compensate, run_blocks
+from subbit.linalg.cholesky import Factor, factorize
+from subbit.linalg.gram import GramAccumulator, relative_loss
+
+__all__ = [
+    "BlockView",
+    "Factor",
+    "GramAccumulator",
+    "compensate",
+    "factorize",
+    "relative_loss",
+    "run_blocks",
+]

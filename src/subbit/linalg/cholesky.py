@@ -1,0 +1,64 @@
+"""Damping ladder and the upper Cholesky factor of the inverse Hessian."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factor", "factorize"]
+
+_RUNGS = 5  # percdamp, 10x, 100x, 1000x, 10000x; then the diagonal alone
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the block loop needs of H.
+
+    Attributes:
+        H: float32 `(cols, cols)`, undamped, dead columns given a unit diagonal.
+        U: float32 `(cols, cols)` upper triangular with `(H + damping * I)^-1 = U^T U`.
+        dead: bool `(cols,)`: columns whose input is always zero; their weights mean nothing.
+        damping: what was added to the diagonal, as a fraction of its mean; inf = only the
+            diagonal of H could be used.
+    """
+
+    H: Tensor
+    U: Tensor
+    dead: Tensor
+    damping: float
+
+
+def factorize(H: Tensor, percdamp: float) -> Factor:
+    """Damp and factorise H, climbing a ladder (x10) until the factorisation is sound.
+
+    With J the reversal of all columns, `J H J = C C^T` gives `H = R R^T` for the upper triangular
+    `R = J C J`, so `U = R^-1` needs one Cholesky and one triangular inverse.
+
+    Args:
+        H: `(cols, cols)` symmetric, un-normalised.
+        percdamp: first rung, as a fraction of the mean of the diagonal.
+    """
+    H = H.clone()
+    diagonal = H.diagonal()
+    dead = diagonal <= 0
+    H[dead, :] = 0
+    H[:, dead] = 0
+    diagonal[dead] = 1.0
+    mean = float(diagonal.mean())
+    for rung in range(_RUNGS):
+        damping = percdamp * 10.0**rung
+        U = _inverse_factor(H, damping * mean)
+        if U is not None:
+            return Factor(H, U, dead, damping)
+    return Factor(H, torch.diag(diagonal.rsqrt()), dead, float("inf"))
+
+
+def _inverse_factor(H: Tensor, ridge: float) -> Tensor | None:
+    flipped = H.flip(0, 1)
+    flipped.diagonal().add_(ridge)
+    C, info = torch.linalg.cholesky_ex(flipped)
+    if int(info) != 0:
+        return None
+    eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    U = torch.linalg.solve_triangular(C, eye, upper=False).flip(0, 1).contiguous()
+    return U if bool(torch.isfinite(U).all()) else None

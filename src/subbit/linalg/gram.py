@@ -1,0 +1,41 @@
+"""The Gram matrix H = sum x^T x of a linear's calibration inputs, and the loss it measures."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["GramAccumulator", "relative_loss"]
+
+
+class GramAccumulator:
+    """Accumulates `H = sum_t x_t^T x_t`, un-normalised, with an integer token count.
+
+    Un-normalised sums with an exact count can be added over machines in any order.
+
+    Attributes:
+        H: float32 `(features, features)`.
+        tokens: calibration tokens seen so far.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.H = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs `(..., features)` of any float dtype."""
+        x = x.reshape(-1, x.shape[-1]).to(device=self.H.device, dtype=torch.float32)
+        self.H.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+
+def relative_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+    """Return `tr(E H E^T) / tr(W H W^T)` with `E = W - W_hat`; 0 where the denominator is 0.
+
+    Args:
+        W: the original weight, float32 `(rows, cols)`.
+        W_hat: what replaces it, same shape.
+        H: `(cols, cols)`, undamped.
+    """
+    E = W - W_hat
+    error = torch.sum((E @ H) * E, dtype=torch.float64)
+    energy = torch.sum((W @ H) * W, dtype=torch.float64)
+    return float(error / energy) if energy > 0 else 0.0

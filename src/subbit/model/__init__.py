@@ -1,0 +1,33 @@
+"""Load any Hugging Face causal LM, find its blocks and linears, run one block at a time.
+
+No model family is named anywhere: blocks and linears are found, and what a block is called with
+is recorded from the model's own forward pass.
+"""
+
+from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_module, weight_of
+from subbit.model.calls import BlockCall
+from subbit.model.capture import block_similarities, capture_inputs, run_block
+from subbit.model.coverage import check_coverage, is_skipped
+from subbit.model.load import LoadedModel, load_model
+from subbit.model.trace import first_inputs, record_calls
+from subbit.model.weights import check_finite, fingerprint
+
+__all__ = [
+    "BlockCall",
+    "Blocks",
+    "LoadedModel",
+    "block_similarities",
+    "capture_inputs",
+    "check_coverage",
+    "check_finite",
+    "find_blocks",
+    "find_linears",
+    "fingerprint",
+    "first_inputs",
+    "is_skipped",
+    "load_model",
+    "record_calls",
+    "replace_module",
+    "run_block",
+    "weight_of",
+]

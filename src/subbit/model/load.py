@@ -1,0 +1,238 @@
+"""Load a causal LM from the hub, a local folder or a GGUF file: whole, dense and checked."""
+
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGUFReader
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from subbit.errors import ModelError, RecipeError, nearest
+from subbit.model.files import check_weights, fetch, looks_like_hub_id, read_json
+
+__all__ = ["LoadedModel", "load_model"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_GGUF_DTYPE = torch.bfloat16
+# weights of the wrong shape are reported, not raised: `_check_complete` names them
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM ready to be compressed.
+
+    Attributes:
+        model: dense, in eval mode, no gradients.
+        tokenizer: its tokenizer.
+        source: what the user asked for.
+        kind: "hub", "local" or "gguf".
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    kind: str
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal LM with its tokenizer, or say in one sentence why not.
+
+    Args:
+        source: a hub id, a local model folder, or a `.gguf` file.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own dtype;
+            bfloat16 for GGUF, whose values were quantised far more coarsely than that.
+        device: where the model goes; None = CPU.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        ModelError: the model is absent, damaged, incomplete, already quantised, no causal LM, or
+            the hub cannot be reached.
+        RecipeError: an unknown dtype.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise RecipeError(f"unknown dtype '{dtype}'{nearest(dtype, ['auto', *_DTYPES])}")
+    name = str(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        loaded = _load_gguf(path, name, _DTYPES.get(dtype, _GGUF_DTYPE))
+    elif path.is_dir():
+        loaded = _load_folder(path, name, "local", _DTYPES.get(dtype, "auto"), trust_remote_code)
+    elif isinstance(source, str) and looks_like_hub_id(source):
+        folder = fetch(source, revision)
+        loaded = _load_folder(folder, name, "hub", _DTYPES.get(dtype, "auto"), trust_remote_code)
+    else:
+        raise ModelError(
+            f"'{name}' does not exist; give a model folder, a .gguf file, or a hub id "
+            "such as owner/name"
+        )
+    loaded.model.eval().requires_grad_(False)
+    if device is not None:
+        loaded.model.to(device)
+    return loaded
+
+
+def _load_folder(
+    folder: Path, source: str, kind: str, dtype: torch.dtype | str, trust_remote_code: bool
+) -> LoadedModel:
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = (
+            f"give the GGUF file itself: '{folder / ggufs[0]}'"
+            if ggufs and kind == "local"
+            else "a folder as save_pretrained writes it is needed"
+        )
+        raise ModelError(f"'{source}' is no model: it has no config.json; {hint}")
+    _check_declared(read_json(folder / "config.json"), source, trust_remote_code)
+    check_weights(folder)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with _explained(source), _quiet():
+        config = AutoConfig.from_pretrained(folder, **options)
+        _check_kind(config, source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, **_REPORT, **options
+        )
+    _check_complete(model, info, source)
+    with _explained(f"the tokenizer of {source}"), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    return LoadedModel(model, tokenizer, source, kind)
+
+
+def _load_gguf(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:
+    if path.suffix != ".gguf":
+        raise ModelError(f"'{source}' is a file but no .gguf; give the folder that holds the model")
+    options: dict[str, Any] = {"gguf_file": path.name}
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):
+        # or the weights may stay in their GGUF blocks, where nothing can be compressed
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # the reader's own progress bar knows no off switch
+        with _quiet(), redirect_stderr(io.StringIO()):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=dtype, **_REPORT, **options, **dense
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ModelError(_gguf_message(path, source, error)) from error
+    _check_complete(model, info, source)
+    # dense from here on: saving and the quantiser checks must not take it for a GGUF model
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return LoadedModel(model, tokenizer, source, "gguf")
+
+
+def _gguf_message(path: Path, source: str, error: Exception) -> str:
+    """Say whether the file is broken or transformers cannot use it."""
+    try:
+        GGUFReader(path)
+    except Exception as reason:
+        return (
+            f"'{source}' ({path.stat().st_size} bytes) is truncated or damaged: no GGUF file can "
+            f"be read from it ({_first_line(reason)}); fetch it again"
+        )
+    return f"transformers cannot turn '{source}' into a causal LM: {_first_line(error)}"
+
+
+def _check_declared(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
+    """Refuse what config.json says is quantised, or needs code that the user has not trusted."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        what = "compressed by subbit" if method == "subbit" else f"quantised (method '{method}')"
+        raise ModelError(f"'{source}' is already {what}; give the original model in 16 or 32 bits")
+    own_code = "AutoModelForCausalLM" in config.get("auto_map", {})
+    if own_code and not trust_remote_code and config.get("model_type") not in _known_types():
+        raise ModelError(
+            f"'{source}' needs model code of its own; read it, and if you trust it pass "
+            "trust_remote_code=True"
+        )
+
+
+def _check_kind(config: PreTrainedConfig, source: str) -> None:
+    """Refuse a model that is not a causal LM."""
+    names = list(config.architectures or [])
+    known = _known_types().get(config.model_type, ())
+    causal = any(name in known or name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if getattr(config, "is_encoder_decoder", False) or (names and not causal):
+        what = names[0] if names else f"{config.model_type} encoder-decoder"
+        raise ModelError(f"'{source}' holds a {what}, which is not a causal LM")
+
+
+def _known_types() -> dict[str, tuple[str, ...]]:
+    """Return model type -> class names of its causal LMs."""
+    return {
+        kind: (names,) if isinstance(names, str) else tuple(names)
+        for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    }
+
+
+def _check_complete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
+    """Refuse a model some of whose weights were not in the checkpoint, hence random."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = sorted(set(info["missing_keys"]) - set(tied))
+    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
+    for names, fault in ((missing, "lacks"), (mismatched, "has other shapes for")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"the checkpoint '{source}' {fault} weights that a {type(model).__name__} needs: "
+                f"{', '.join(names[:3])}{more}; it is incomplete, or its config.json is not its own"
+            )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever transformers raises while loading into one sentence."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"transformers cannot load {what}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off stderr, and put both back after."""
+    with ExitStack() as restore:
+        restore.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            restore.callback(logging.enable_progress_bar)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0].strip()}"

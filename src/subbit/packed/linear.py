@@ -1,0 +1,137 @@
+"""A linear layer that holds its packed bytes as parameters and decodes them to multiply."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbit.codes import CompressedLinear
+from subbit.packed.layout import Layout
+from subbit.packed.pack import pack, row_chunks, slice_rows, unpack
+
+__all__ = ["PackedLinear"]
+
+
+class PackedLinear(nn.Module):
+    """`y = x Wᵀ + bias` with W held as the fields of a `Layout`.
+
+    The fields are frozen parameters named as in `Layout.fields()`; they never change dtype, only
+    device. `bias`, if any, follows the model's dtype.
+
+    Args:
+        layout: which tensors, of which shapes.
+        bias: whether there is a bias `(rows,)`.
+        dtype: of the bias: the model's dtype.
+        device: where to put the parameters, all zero until a state dict is loaded; None follows
+            torch's default device, `meta` included.
+
+    Attributes:
+        keep_dense: False decodes the weight at every forward (smallest memory); True decodes it
+            once and keeps it, in the dtype of x, outside the state dict, copies and pickles.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features = layout.cols
+        self.out_features = layout.rows
+        self.keep_dense = False
+        self._dense: Tensor | None = None
+        for name, field in layout.fields().items():
+            data = torch.zeros(field.shape, dtype=field.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        start = torch.zeros(layout.rows, dtype=dtype, device=device) if bias else None
+        self.register_parameter(
+            "bias", None if start is None else nn.Parameter(start, requires_grad=False)
+        )
+
+    @classmethod
+    def from_compressed(
+        cls, linear: CompressedLinear, bias: Tensor | None, dtype: torch.dtype
+    ) -> "PackedLinear":
+        """Pack `linear` (see `pack` for errors) into a module on its device.
+
+        Raises:
+            ValueError: a bias that is not `(rows,)`.
+        """
+        layout, tensors = pack(linear)
+        if bias is not None and tuple(bias.shape) != (layout.rows,):
+            raise ValueError(f"bias must be ({layout.rows},), not {tuple(bias.shape)}.")
+        module = cls(layout, bias is not None, dtype, device="meta")
+        if bias is not None:
+            tensors["bias"] = bias.detach().to(linear.codes.device, dtype)
+        for name, tensor in tensors.items():
+            # a copy, so that the module shares no memory with what it was made from
+            setattr(module, name, nn.Parameter(tensor.clone(), requires_grad=False))
+        return module
+
+    def fields(self) -> dict[str, Tensor]:
+        """The packed tensors by field name."""
+        return {name: getattr(self, name) for name in self.layout.fields()}
+
+    def compressed(self) -> CompressedLinear:
+        """The codes and levels of this linear; FormatError if the bytes mean none."""
+        return unpack(self.layout, self.fields())
+
+    def dequantize(self) -> Tensor:
+        """The dense weight, float32 `(rows, cols)`; FormatError if the bytes mean none."""
+        return self._decode(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        if not self.keep_dense:
+            self._dense = None
+            return self._decode(dtype)
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = self._decode(dtype)
+        return self._dense
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        # a group wider than the matrix would only make dequantize pad for nothing
+        layout = replace(self.layout, group_size=min(self.layout.group_size, self.layout.cols))
+        # an inference tensor kept for later would be useless under autograd
+        with torch.inference_mode(False), torch.no_grad():
+            out = torch.empty(layout.rows, layout.cols, dtype=dtype, device=self.levels.device)
+            for start, stop in row_chunks(layout):
+                part = unpack(*slice_rows(layout, self.fields(), start, stop))
+                out[start:stop] = part.dequantize()
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        self._dense = None
+        bias = self.bias
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor is bias or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dense": None}
+
+    def extra_repr(self) -> str:
+        """Shape, structure and stored bits, for `print(model)`."""
+        nm = "none" if self.layout.nm is None else "{}:{}".format(*self.layout.nm)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, nm={nm}, "
+            f"stored_bits={self.layout.bits_per_weight:.3f}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,7 @@
+"""What to prune: scores, N:M masks and sub-masks, and how many weights each block keeps."""
+
+from subbit.prune.allocate import allocate
+from subbit.prune.masks import keep_mask, ranks_in_groups
+from subbit.prune.scores import METRICS, Scorer
+
+__all__ = ["METRICS", "Scorer", "allocate", "keep_mask", "ranks_in_groups"]

@@ -1,0 +1,87 @@
+"""Which weights matter: the metrics of the fine stage (PBS2P Table 4b)."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from subbit.errors import RecipeError, nearest
+from subbit.linalg import BlockView, Factor
+
+__all__ = ["METRICS", "Scorer", "standardized_importance"]
+
+METRICS = ("hessian", "wanda", "magnitude", "si", "random")
+
+
+class Scorer:
+    """Scores the weights of one linear, block by block; higher = more important.
+
+    Args:
+        metric: one of `METRICS`.
+        W: the original weight `(rows, cols)`.
+        H: its Gram matrix `(cols, cols)`, undamped.
+        factor: the factorisation of H.
+        hessian_score: which reading of "[H^-1]_qq" the Hessian metric takes: "cholesky"
+            (`w^2 / U_qq^2`, SparseGPT's and BiLLM's), "printed" (`w^2 / [H^-1]_qq^2`, PBS2P 3.3
+            to the letter), or "obs" (`w^2 / 2 [H^-1]_qq`, PBS2P Theorem 3.1).
+        seed, name: with "random", the draw depends on both and on nothing else.
+
+    Raises:
+        RecipeError: unknown metric or reading.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        W: Tensor,
+        H: Tensor,
+        factor: Factor,
+        *,
+        hessian_score: str = "cholesky",
+        seed: int = 0,
+        name: str = "",
+    ) -> None:
+        if metric not in METRICS:
+            raise RecipeError(f"unknown fine_metric '{metric}'{nearest(metric, METRICS)}")
+        self.metric = metric
+        self._input_norm = H.diagonal().clamp_min(0).sqrt()
+        if metric == "hessian":
+            self._denominator = _hessian_denominator(factor.U, hessian_score)
+        elif metric == "si":
+            self._whole = standardized_importance(W, self._input_norm)
+        elif metric == "random":
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+            self._whole = torch.rand(W.shape, generator=generator).to(W.device)
+
+    def __call__(self, block: BlockView) -> Tensor:
+        """Score one block's (compensated) weights; float32 `(rows, b)`."""
+        columns = slice(block.start, block.stop)
+        if self.metric == "hessian":
+            return block.W.square() / self._denominator[columns]
+        if self.metric == "wanda":
+            return block.W.abs() * self._input_norm[columns]
+        if self.metric == "magnitude":
+            return block.W.abs()
+        return self._whole[:, columns]
+
+
+def _hessian_denominator(U: Tensor, reading: str) -> Tensor:
+    if reading == "cholesky":
+        return U.diagonal().square()
+    inverse_diagonal = U.square().sum(0)  # diag(U^T U)
+    if reading == "printed":
+        return inverse_diagonal.square()
+    if reading == "obs":
+        return 2 * inverse_diagonal
+    known = ("cholesky", "printed", "obs")
+    raise RecipeError(f"unknown hessian_score '{reading}'{nearest(reading, known)}")
+
+
+def standardized_importance(W: Tensor, input_norm: Tensor) -> Tensor:
+    """STBLLM Eq. 3: standardised L1-relative magnitude times the input norm; `(rows, cols)`."""
+    magnitude = W.abs()
+    by_row = magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+    by_column = magnitude.sum(0, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+    relative = magnitude / by_row + magnitude / by_column
+    spread = relative.std().clamp_min(torch.finfo(W.dtype).tiny)
+    return (relative - relative.mean()) / spread * input_norm

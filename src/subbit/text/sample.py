@@ -1,0 +1,131 @@
+"""Calibration text sampled from the model itself: nothing to download, the model's own language."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subbit.errors import NonFiniteError, RecipeError
+from subbit.text.sources import SELF
+from subbit.text.windows import Windows, check_windows, tokenizer_name
+
+__all__ = ["evaluating", "sample_windows"]
+
+
+@torch.no_grad()
+def sample_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Windows:
+    """Sample windows from the model, each from BOS on, past any end-of-text token.
+
+    Without a BOS every window starts with a token drawn uniformly from the vocabulary. All draws
+    come from one own generator on the CPU: the same arguments give the same windows, and the
+    global RNG is neither read nor moved.
+
+    Args:
+        model: causal LM, on any device.
+        tokenizer: of the model.
+        nsamples: number of windows.
+        seqlen: tokens a window, the first one included.
+        seed: seed of the generator.
+        batch_size: windows sampled at once; it is part of what determines the text.
+        temperature: divides the logits; above 0.
+        top_k: draw from the k most likely tokens only; None = from all.
+        advance: called with the number of new tokens after each step.
+
+    Raises:
+        RecipeError: an option that means nothing, or seqlen beyond the model's context.
+        NonFiniteError: the model's logits are not finite.
+    """
+    for name, value in (("nsamples", nsamples), ("batch_size", batch_size), ("top_k", top_k or 1)):
+        if value < 1:
+            raise RecipeError(f"{name} is {value}; it must be at least 1")
+    if seqlen < 2 or temperature <= 0:
+        raise RecipeError(
+            f"seqlen is {seqlen} and temperature {temperature}; sampling needs at least 2 tokens "
+            "a window and a temperature above 0"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = _starts(tokenizer, nsamples, generator)
+    windows = Windows(
+        tokens=starts.expand(nsamples, seqlen).contiguous(),
+        source=SELF,
+        role="calibration",
+        origin="sampled from the model",
+        joiner="",
+        tokenizer=tokenizer_name(tokenizer),
+        bos="none" if tokenizer.bos_token_id is None else "window",
+        sample="model",
+        seed=seed,
+        skip_tokens=0,
+        tokens_available=nsamples * seqlen,
+        sampling={"temperature": temperature, "top_k": top_k, "batch_size": batch_size},
+    )
+    check_windows(windows, model.config)
+    known = max(tokenizer.get_vocab().values()) + 1  # a padded vocabulary has rows without a token
+    with evaluating(model):
+        for tokens in windows.tokens.split(batch_size):
+            _continue(model, tokens, known, temperature, top_k, generator, advance)
+    return windows
+
+
+def _starts(
+    tokenizer: PreTrainedTokenizerBase, nsamples: int, generator: torch.Generator
+) -> Tensor:
+    """Return the first token of every window, int64 `(nsamples, 1)`."""
+    if tokenizer.bos_token_id is not None:
+        return torch.full((nsamples, 1), tokenizer.bos_token_id)
+    words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    return torch.tensor(words)[torch.randint(len(words), (nsamples, 1), generator=generator)]
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    known: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+    advance: Callable[[int], None] | None,
+) -> None:
+    """Fill `tokens` `(batch, seqlen)` in place from column 1 on."""
+    cache = None
+    for position in range(1, tokens.shape[1]):
+        step = tokens[:, position - 1 : position].to(model.device)
+        output = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1, :known].float().cpu() / temperature
+        if not logits.isfinite().all():
+            raise NonFiniteError(
+                f"the model's logits are not finite at position {position} of its own text; check "
+                "its weights, or load it in float32"
+            )
+        if top_k is not None and top_k < logits.shape[-1]:
+            least = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens[:, position] = drawn[:, 0]
+        if advance is not None:
+            advance(tokens.shape[0])
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put `model` into eval mode (no dropout) and give it back in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

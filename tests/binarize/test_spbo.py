@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from subbit.binarize.spbo import alternate, binarize_part, spbo
+from subbit.prune import ranks_in_groups
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(5, 16, generator=generator)
+    X = torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    support = torch.rand(5, 16, generator=generator) < 0.7
+    support[4] = False
+    return W, X.T @ X, support
+
+
+def by_the_letter(W, S, M, B, mu, alpha, aware):
+    """Earlier version, Algorithm 1: update_mu and update_alpha as double sums over k and l."""
+    b = W.shape[0]
+    one = M.double() if aware else torch.ones(b, dtype=torch.float64)
+    P = sum(
+        float(S[k, l]) * float(one[k]) * float(W[l] * M[l] - alpha * B[l] * M[l])
+        for k in range(b)
+        for l in range(b)
+    )
+    mu = P / float(one @ S.double() @ one)
+    Bm = (B * M).double()
+    numerator = Bm @ S.double() @ (W * M - mu * one)
+    return mu, float(numerator / (Bm @ S.double() @ Bm))
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_one_alternation_is_algorithm_1(problem, aware):
+    W, S, support = problem
+    ranks = ranks_in_groups(W.abs(), 8)
+    part = binarize_part(W, support, 1)
+    fitted = spbo(W, S, part, ranks, 1, tau=1, mask_aware=aware, target="retained")
+    M = (support & (ranks >= 1)).float()
+    for row in range(4):
+        mu0, alpha0 = part.params[row].tolist()
+        mu, alpha = by_the_letter(
+            W[row], S, M[row], part.signs[row, 0], mu0, alpha0, aware
+        )
+        assert fitted.params[row].tolist() == pytest.approx([mu, alpha], rel=1e-4, abs=1e-5)
+
+
+def test_plain_binarisation_is_mean_sign_and_mean_magnitude(problem):
+    W, _, support = problem
+    part = binarize_part(W, support, 2)
+    w = W[0][support[0]]
+    assert float(part.params[0, 0]) == pytest.approx(float(w.mean()), rel=1e-5)
+    assert float(part.params[0, 1]) == pytest.approx(float((w - w.mean()).abs().mean()), rel=1e-5)
+    assert (part.signs[0, 0][~support[0]] == 0).all()
+    assert part.params[4].tolist() == [0, 0, 0]
+
+
+def loss(W, S, part, kept):
+    mu, alpha = part.params[..., :1], part.params[..., 1:]
+    R = (W - mu - (alpha.unsqueeze(-1) * part.signs).sum(-2)) * kept
+    return ((R @ S) * R).sum(-1)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_more_alternations_never_raise_the_loss_they_descend(problem, planes):
+    W, S, support = problem
+    ranks = ranks_in_groups(W.abs(), 8)
+    kept = support & (ranks >= 3)
+    part = binarize_part(W, kept, planes)
+    losses = [loss(W, S, part, kept)]
+    for tau in range(1, 9):
+        fitted = spbo(W, S, part, ranks, 3, tau=tau, mask_aware=True, target="retained")
+        losses.append(loss(W, S, fitted, kept))
+    for before, after in zip(losses, losses[1:]):
+        assert (after <= before * (1 + 1e-5) + 1e-4).all()
+    assert (losses[-1][:4] < losses[0][:4]).all()
+
+
+def test_alternation_converges_to_the_joint_least_squares_solution(problem):
+    W, S, support = problem
+    part = binarize_part(W, support, 1)
+    planes = torch.stack((support.float(), part.signs[:, 0]), 1)
+    p = alternate(planes, W * support, S, part.params, 500)
+    for row in range(4):
+        V = planes[row].double()
+        exact = torch.linalg.solve(V @ S.double() @ V.T, V @ S.double() @ (W * support)[row].double())
+        assert p[row].tolist() == pytest.approx(exact.tolist(), rel=1e-3, abs=1e-4)
+    assert p[4].tolist() == [0, 0]
+
+
+def test_full_target_differs_from_retained(problem):
+    W, S, support = problem
+    ranks = ranks_in_groups(W.abs(), 8)
+    part = binarize_part(W, support, 1)
+    a = spbo(W, S, part, ranks, 4, tau=5, mask_aware=True, target="retained")
+    b = spbo(W, S, part, ranks, 4, tau=5, mask_aware=True, target="full")
+    assert not torch.allclose(a.params[:4], b.params[:4])

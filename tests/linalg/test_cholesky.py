@@ -1,0 +1,55 @@
+import math
+
+import torch
+
+from subbit.linalg import factorize
+
+
+def gram(tokens, features, seed=0):
+    X = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+    return X.T @ X
+
+
+def test_u_is_the_upper_factor_of_the_damped_inverse():
+    H = gram(200, 24)
+    factor = factorize(H, 0.01)
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(24)
+    torch.testing.assert_close(
+        (factor.U.T @ factor.U).double(), torch.linalg.inv(damped), rtol=1e-4, atol=1e-7
+    )
+    assert torch.equal(factor.U, factor.U.triu())
+    assert factor.damping == 0.01
+    assert torch.equal(factor.H, H)
+
+
+def test_rank_deficient_matrices_are_factorised():
+    for tokens in (1, 3):
+        factor = factorize(gram(tokens, 48), 0.01)
+        assert torch.isfinite(factor.U).all()
+        assert factor.damping < math.inf
+
+
+def test_the_ladder_climbs_and_says_so():
+    H = gram(60, 8)
+    H[0, 1] = H[1, 0] = 2 * float(H.diagonal().max())  # indefinite
+    factor = factorize(H, 0.01)
+    assert 0.01 < factor.damping < math.inf
+    assert torch.isfinite(factor.U).all()
+
+
+def test_the_last_rung_is_the_diagonal():
+    H = torch.eye(4)
+    H[0, 1] = H[1, 0] = 1e6
+    factor = factorize(H, 0.01)
+    assert factor.damping == math.inf
+    torch.testing.assert_close(factor.U, torch.eye(4))
+
+
+def test_dead_columns_are_set_apart():
+    H = gram(100, 6)
+    H[2] = 0
+    H[:, 2] = 0
+    factor = factorize(H, 0.01)
+    assert factor.dead.tolist() == [False, False, True, False, False, False]
+    assert float(factor.H[2, 2]) == 1
+    assert torch.isfinite(factorize(torch.zeros(4, 4), 0.01).U).all()

@@ -1,0 +1,97 @@
+"""Every option of PBS2P does what it says, or this fails."""
+
+import pytest
+import torch
+from problems import problem
+
+from subbit.errors import RecipeError
+from subbit.methods import Settings, make_method
+
+SETTINGS = Settings(blocksize=64)
+
+
+def run(nm=(4, 8), name="plain", **options):
+    W, stats = problem(name)
+    return make_method("pbs2p", options, SETTINGS).compress(W, stats, nm)
+
+
+def loss(**kwargs):
+    return run(**kwargs).record["loss"]
+
+
+def test_spbo_beats_pruning_once_and_binarising():
+    for nm in ((4, 8), (6, 8), (2, 4)):
+        assert loss(nm=nm) < loss(nm=nm, spbo=False)
+
+
+def test_the_hessian_beats_magnitude_and_random_masks():
+    assert loss() < loss(fine_metric="magnitude") < loss(fine_metric="random")
+
+
+def test_more_kept_weights_lose_less():
+    losses = [loss(nm=(n, 8)) for n in (3, 4, 5, 6)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_exact_compensation_beats_the_diagonal():
+    assert loss(compensation="exact") < loss()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"hessian_score": "printed"},
+        {"hessian_score": "obs"},
+        {"fine_metric": "wanda"},
+        {"fine_metric": "si"},
+        {"tau": 1},
+        {"mask_aware": False},
+        {"target": "full"},
+        {"salient": False},
+        {"salient_max": 2},
+        {"split_points": 1},
+        {"split_points": 3},
+        {"split_grid": (0.3, 0.4, 5)},
+        {"sigma": 1.3},
+        {"groups_from": "full"},
+        {"objective": "schur"},
+    ],
+    ids=lambda option: "-".join(f"{k}={v}" for k, v in option.items()),
+)
+def test_every_option_changes_the_result(option):
+    assert not torch.equal(run().dequantize(), run(**option).dequantize())
+
+
+def test_salient_columns_and_groups_have_the_levels_they_should():
+    result = run()
+    assert result.salient is not None and 0 < int(result.salient.sum()) < result.shape[1]
+    assert (result.levels.kind, result.levels.count) == ("pairs", 6)
+    assert (result.salient_levels.kind, result.salient_levels.count) == ("residual", 4)
+    assert int(result.codes[:, ~result.salient].max()) <= 6
+    assert int(result.codes[:, result.salient].max()) <= 4
+    assert run(salient=False).salient is None
+    assert run(salient=False, split_points=0).levels.count == 2
+
+
+def test_settings_matter():
+    W, stats = problem("plain")
+
+    def dense(**kwargs):
+        return make_method("pbs2p", {}, Settings(**kwargs)).compress(W, stats, (4, 8)).dequantize()
+
+    assert not torch.equal(dense(blocksize=64), dense(blocksize=128))
+    assert not torch.equal(dense(percdamp=0.01), dense(percdamp=0.3))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tua": 3}, "did you mean 'tau'"),
+        ({"tau": -1}, "tau"),
+        ({"fine_metric": "hesian"}, "fine_metric"),
+        ({"split_points": 9}, "split_points"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(RecipeError, match=words):
+        make_method("pbs2p", options)

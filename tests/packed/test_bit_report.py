@@ -1,0 +1,85 @@
+from dataclasses import replace
+from math import log2
+
+import pytest
+from packed_examples import make_linear
+
+from subbit.packed import Layout, bit_report, model_bits, pack
+
+PAPER = Layout(4096, 4096, 128, (4, 8), False, ("pairs", 3), ("residual", 1))
+
+
+def test_stored_bits_of_the_paper_structure_by_hand():
+    report = bit_report(PAPER, 410)
+    weights = 4096 * 4096
+    assert report.field_bytes == {
+        "mask": weights * 7 // 8 // 8,
+        "sign": weights // 2 // 8,
+        "digit1": 4096 * 410,  # 2048 trits a row: 409.6 bytes, padded to 410
+        "levels": 4096 * 32 * 6 * 2,
+        "salient": 512,
+        "salient_levels": 4096 * 32 * 3 * 2,
+    }
+    assert report.stored_bits == pytest.approx(
+        0.875 + 0.5 + 410 * 8 / 4096 + 1.125 + 1 / 4096, abs=1e-12
+    )
+    assert report.stored_bits == PAPER.bits_per_weight
+    assert report.stored_bits == pytest.approx(3.3, abs=2e-3)
+
+
+def test_paper_bits():
+    share = 410 / 4096
+    assert bit_report(PAPER, 410).paper_bits == pytest.approx((2 * share + 1 - share) / 2)
+    assert bit_report(PAPER).paper_bits == 0.5
+    plain = Layout(64, 64, 64, None, False, ("free", 4), None)
+    assert bit_report(plain).paper_bits == 2.0
+    ternary = replace(plain, levels=("free", 2), zeros=True)
+    assert bit_report(ternary).paper_bits == pytest.approx(log2(3))
+
+
+def test_floor_of_the_paper_structure():
+    share = 1024 / 4096
+    floor = bit_report(PAPER, 1024).floor
+    assert floor["mask"] == pytest.approx(log2(70) / 8)
+    assert floor["sign"] == pytest.approx(0.5)
+    assert floor["label"] == pytest.approx(log2(3) * 0.5 * (1 - share))
+    assert floor["second_sign"] == pytest.approx(0.5 * share)
+    assert floor["scales"] == 1.125
+    assert 0 < floor["bitmap"] < 1 / 4096
+    report = bit_report(PAPER, 1024)
+    assert report.floor_bits == pytest.approx(sum(floor.values()))
+    assert report.floor_bits < report.stored_bits
+
+
+def test_floor_counts_the_short_group_exactly():
+    layout = Layout(8, 10, 128, (4, 8), False, ("pairs", 3), None)
+    floor = bit_report(layout).floor
+    assert floor["mask"] == pytest.approx(log2(70) / 10)  # both of the last two are kept
+    assert floor["sign"] == pytest.approx(6 / 10)
+
+
+def test_salient_columns_must_be_possible():
+    with pytest.raises(ValueError, match="4097"):
+        bit_report(PAPER, 4097)
+    with pytest.raises(ValueError, match="salient_columns"):
+        bit_report(replace(PAPER, salient=None), 1)
+
+
+def test_report_equals_the_bytes_of_the_tensors():
+    layout, tensors = pack(make_linear(7, 133))
+    assert bit_report(layout).field_bytes == {name: t.nbytes for name, t in tensors.items()}
+
+
+def test_model_bits_are_averages_over_weights_and_the_whole_file():
+    small = replace(PAPER, rows=64, cols=128, nm=(2, 8))
+    reports = [bit_report(PAPER), bit_report(small)]
+    total = model_bits(reports, other_bytes=1000, other_params=500)
+    weights = 4096 * 4096 + 64 * 128
+    assert total.weights == weights
+    assert total.linear_bytes == PAPER.nbytes + small.nbytes
+    assert total.stored_bits == 8 * (PAPER.nbytes + small.nbytes) / weights
+    assert total.paper_bits == pytest.approx((0.5 * 4096 * 4096 + 0.25 * 64 * 128) / weights)
+    assert total.file_bits == 8 * (total.linear_bytes + 1000) / (weights + 500)
+    assert model_bits(reports).file_bits == total.stored_bits
+    with pytest.raises(ValueError, match="no linears"):
+        model_bits([])

@@ -1,0 +1,102 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from subbit.errors import FormatError
+from subbit.packed import Layout
+
+LAYOUT = Layout(
+    rows=576,
+    cols=1536,
+    group_size=128,
+    nm=(4, 8),
+    zeros=False,
+    levels=("pairs", 3),
+    salient=("residual", 1),
+)
+
+
+def test_fields_of_the_paper_structure():
+    u8, f16 = torch.uint8, torch.float16
+    assert LAYOUT.fields() == {
+        "mask": ((576, 168), u8),  # 192 groups of 7 bits
+        "sign": ((576, 96), u8),  # 768 kept weights of 1 bit
+        "digit1": ((576, 154), u8),  # 768 trits, five a byte
+        "levels": ((576, 12, 6), f16),
+        "salient": ((192,), u8),
+        "salient_levels": ((576, 12, 3), f16),
+    }
+    assert LAYOUT.nbytes == 576 * (168 + 96 + 154 + 12 * 9 * 2) + 192
+    assert LAYOUT.bits_per_weight == 8 * LAYOUT.nbytes / (576 * 1536)
+
+
+@pytest.mark.parametrize(
+    ("changes", "planes"),
+    [
+        ({"salient": None}, [("sign", 0, 2), ("digit1", 1, 3)]),
+        ({"salient": ("residual", 3)}, [("sign", 0, 2), ("digit1", 1, 3), ("digit2", 2, 3)]),
+        ({"levels": ("pairs", 1)}, [("sign", 0, 2), ("digit1", 1, 2)]),
+        ({"levels": ("free", 6)}, [("digit0", 0, 6), ("digit1", 1, 2)]),
+        ({"levels": ("free", 1), "salient": None}, []),
+        ({"nm": None, "zeros": True}, [("code", 0, 7)]),
+        ({"nm": None, "zeros": True, "levels": ("free", 2), "salient": None}, [("code", 0, 3)]),
+    ],
+)
+def test_planes(changes, planes):
+    assert replace(LAYOUT, **changes).planes() == planes
+
+
+def test_no_mask_is_stored_where_every_weight_is_kept():
+    assert "mask" not in replace(LAYOUT, nm=(8, 8)).fields()
+    assert "mask" not in replace(LAYOUT, nm=None).fields()
+
+
+@pytest.mark.parametrize("changes", [{}, {"nm": None, "zeros": True, "salient": None}])
+def test_json_round_trip(changes):
+    layout = replace(LAYOUT, **changes)
+    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rows", 0),
+        ("rows", True),
+        ("rows", 2.0),
+        ("rows", 10**30),
+        ("cols", -8),
+        ("cols", None),
+        ("group_size", "128"),
+        ("nm", [8]),
+        ("nm", [9, 8]),
+        ("nm", [0, 8]),
+        ("nm", [4, 32]),
+        ("nm", "4:8"),
+        ("zeros", 0),
+        ("zeros", True),  # with N:M
+        ("levels", None),
+        ("levels", ["pairs"]),
+        ("levels", ["cubic", 3]),
+        ("levels", [["pairs"], 3]),
+        ("levels", ["pairs", 128]),
+        ("levels", ["pairs", 0]),
+        ("salient", ["residual", 64]),
+        ("salient", {}),
+    ],
+)
+def test_nonsense_is_refused_by_name(key, value):
+    with pytest.raises(FormatError, match=key):
+        Layout.from_dict({**LAYOUT.to_dict(), key: value})
+
+
+def test_unknown_and_missing_keys_are_refused():
+    data = LAYOUT.to_dict()
+    with pytest.raises(FormatError, match=r"'row'; did you mean 'rows'\?"):
+        Layout.from_dict({**data, "row": 1})
+    del data["zeros"]
+    with pytest.raises(FormatError, match="'zeros'"):
+        Layout.from_dict(data)
+    with pytest.raises(FormatError):
+        Layout.from_dict([1, 2])
