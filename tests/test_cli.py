@@ -247,7 +247,7 @@ def test_recipes():
 
 
 def test_methods(monkeypatch):
-    method = {"name": "pbs2p", "paper": "PBS2P", "year": 2026, "summary": "s", "packed": True}
+    method = {"name": "pbs2p", "paper": "PBS2P", "year": 2026, "summary": "s", "options": {}}
     stub(monkeypatch, "subbit.methods", list_methods=lambda: [method])
     assert "pbs2p" in run("methods").out
     assert json.loads(run("methods", "--json").out) == [method]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -52,6 +52,7 @@ def test_defaults():
     )
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 16),
     extra=st.integers(0, 15),

@@ -313,16 +313,9 @@ def methods(
     if as_json:
         _print_json(found)
         return
-    rows = [
-        (
-            method["name"],
-            f"{method['paper']} ({method['year']})",
-            "yes" if method["packed"] else "no",
-            method["summary"],
-        )
-        for method in found
-    ]
-    show(table(("method", "paper", "packed", "what it does"), rows))
+    rows = [(m["name"], f"{m['paper']} ({m['year']})", m["summary"]) for m in found]
+    show(table(("method", "paper", "what it does"), rows))
+    typer.echo("Every option of every method: subbit methods --json")
 
 
 def _load(source: str, dtype: str, device: str, keep_dense: bool = False) -> tuple[Any, Any]:
