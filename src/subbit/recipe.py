@@ -202,7 +202,7 @@ class Recipe(_Spec):
     def to_yaml(self) -> str:
         """Return the whole recipe as YAML that `load_recipe` reads back to an equal recipe."""
         data = self.model_dump(mode="json")
-        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
     def digest(self) -> str:
         """Return the sha256 (hex) of the recipe as canonical JSON."""
