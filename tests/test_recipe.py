@@ -161,6 +161,8 @@ def test_bad_settings(setting, words):
         ({"calibration": {"sed": 1}}, ["calibration.sed", "did you mean 'seed'"]),
         ({"coarse": {"n_hihg": 1}}, ["coarse.n_hihg", "did you mean 'n_high'"]),
         ({"calibration": {"bos": "always"}}, ["calibration.bos", "always", "window"]),
+        ({"options": {"tau": float("inf")}}, ["options.tau", "inf", "finite"]),
+        ({"options": {"when": {"a": object()}}}, ["options.when"]),
         ({"coarse": "uniform"}, ["coarse", "uniform"]),
     ],
 )

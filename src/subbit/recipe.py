@@ -162,6 +162,18 @@ class Recipe(_Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_are_plain(self) -> Self:
+        for key, value in self.options.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"options.{key} is {value!r} but must be made of finite numbers, texts, true, "
+                    "false, null, lists and maps"
+                ) from None
+        return self
+
     def override(self, settings: Iterable[str]) -> "Recipe":
         """Return a recipe with some values replaced.
 
