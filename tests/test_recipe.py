@@ -64,7 +64,7 @@ def test_defaults():
         st.none()
         | st.booleans()
         | st.integers()
-        | st.floats(allow_nan=False)
+        | st.floats(allow_nan=False, allow_infinity=False)
         | st.text()
         | NUMBER_LIKE,
         max_size=4,
