@@ -20,7 +20,7 @@ def loss(**kwargs):
 
 
 def test_spbo_beats_pruning_once_and_binarising():
-    for nm in ((4, 8), (6, 8), (2, 4)):
+    for nm in ((4, 8), (5, 8), (6, 8)):
         assert loss(nm=nm) < loss(nm=nm, spbo=False)
 
 

@@ -32,7 +32,9 @@ def factorize(H: Tensor, percdamp: float) -> Factor:
     """Damp and factorise H, climbing a ladder (x10) until the factorisation is sound.
 
     With J the reversal of all columns, `J H J = C C^T` gives `H = R R^T` for the upper triangular
-    `R = J C J`, so `U = R^-1` needs one Cholesky and one triangular inverse.
+    `R = J C J`, so `U = R^-1` needs one Cholesky and one triangular inverse. Both are done in
+    float64: LAPACK's Cholesky depends on the number of threads in its last bits, and rounding
+    the result to float32 takes that away.
 
     Args:
         H: `(cols, cols)` symmetric, un-normalised.
@@ -54,11 +56,11 @@ def factorize(H: Tensor, percdamp: float) -> Factor:
 
 
 def _inverse_factor(H: Tensor, ridge: float) -> Tensor | None:
-    flipped = H.flip(0, 1)
+    flipped = H.flip(0, 1).double()
     flipped.diagonal().add_(ridge)
     C, info = torch.linalg.cholesky_ex(flipped)
     if int(info) != 0:
         return None
-    eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
-    U = torch.linalg.solve_triangular(C, eye, upper=False).flip(0, 1).contiguous()
+    eye = torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+    U = torch.linalg.solve_triangular(C, eye, upper=False).flip(0, 1).to(H.dtype)
     return U if bool(torch.isfinite(U).all()) else None

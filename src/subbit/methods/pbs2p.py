@@ -83,7 +83,9 @@ class PBS2P(Method):
         ranks = ranks_in_groups(score, m)
         keep = ranks >= m - n
         counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
-        salient = search_salient(block.W, score, counted, o.salient_max if o.salient else 0)
+        width = block.stop - block.start  # the last block may be shorter: same share of columns
+        limit = o.salient_max * width // self.settings.blocksize if o.salient else 0
+        salient = search_salient(block.W, score, counted, limit)
         rest = ~salient
         W = block.W[:, rest]
         splits = search_splits(
