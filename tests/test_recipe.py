@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -52,6 +52,7 @@ def test_defaults():
     )
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 16),
     extra=st.integers(0, 15),
@@ -63,7 +64,7 @@ def test_defaults():
         st.none()
         | st.booleans()
         | st.integers()
-        | st.floats(allow_nan=False)
+        | st.floats(allow_nan=False, allow_infinity=False)
         | st.text()
         | NUMBER_LIKE,
         max_size=4,
@@ -160,6 +161,8 @@ def test_bad_settings(setting, words):
         ({"calibration": {"sed": 1}}, ["calibration.sed", "did you mean 'seed'"]),
         ({"coarse": {"n_hihg": 1}}, ["coarse.n_hihg", "did you mean 'n_high'"]),
         ({"calibration": {"bos": "always"}}, ["calibration.bos", "always", "window"]),
+        ({"options": {"tau": float("inf")}}, ["options.tau", "inf", "finite"]),
+        ({"options": {"when": {"a": object()}}}, ["options.when"]),
         ({"coarse": "uniform"}, ["coarse", "uniform"]),
     ],
 )

@@ -162,6 +162,18 @@ class Recipe(_Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_are_plain(self) -> Self:
+        for key, value in self.options.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"options.{key} is {value!r} but must be made of finite numbers, texts, true, "
+                    "false, null, lists and maps"
+                ) from None
+        return self
+
     def override(self, settings: Iterable[str]) -> "Recipe":
         """Return a recipe with some values replaced.
 
@@ -202,7 +214,7 @@ class Recipe(_Spec):
     def to_yaml(self) -> str:
         """Return the whole recipe as YAML that `load_recipe` reads back to an equal recipe."""
         data = self.model_dump(mode="json")
-        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
     def digest(self) -> str:
         """Return the sha256 (hex) of the recipe as canonical JSON."""

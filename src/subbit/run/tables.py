@@ -1,0 +1,68 @@
+"""Tables and sums on the terminal."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["bits_in_words", "linears_table", "number", "show", "table"]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> Table:
+    """Return a table of plain text whose last `right` columns stand flush right."""
+    made = Table(box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        flush = index >= len(columns) - right
+        made.add_column(column, justify="right" if flush else "left", no_wrap=flush)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def show(made: Table) -> None:
+    """Print a table on stdout, uncut where stdout is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        unbounded = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, unbounded, made).maximum)
+    console.print(made)
+
+
+def number(value: float | None, spell: Callable[[float], str]) -> str:
+    """Return `spell(value)`, or a dash for an unknown value."""
+    return "–" if value is None else spell(value)
+
+
+def linears_table(linears: Iterable[dict[str, Any]]) -> Table:
+    """Return the table of `subbit inspect`: one row per entry of `inspect_folder()["linears"]`."""
+    columns = ("linear", "shape", "N:M", "loss", "salient", "damping")
+    rows = [
+        (
+            linear["name"],
+            f"{linear['shape'][0]} x {linear['shape'][1]}",
+            "–" if linear["nm"] is None else f"{linear['nm'][0]}:{linear['nm'][1]}",
+            number(linear["loss"], "{:.4f}".format),
+            number(linear["salient_share"], "{:.1%}".format),
+            number(linear["damping"], "{:g}".format),
+            number(linear["paper_bits"], "{:.3f}".format),
+            number(linear["stored_bits"], "{:.3f}".format),
+            f"{linear['bytes']:,}",
+        )
+        for linear in linears
+    ]
+    return table((*columns, "paper bits", "stored bits", "bytes"), rows, right=8)
+
+
+def bits_in_words(total: dict[str, Any]) -> str:
+    """Return `inspect_folder()["total"]` as one line: both bit-widths and the size of the files."""
+    bits = "{:.3f}".format
+    return (
+        f"{number(total['paper_bits'], bits)} paper bits beside "
+        f"{number(total['stored_bits'], bits)} stored bits per compressed weight; the files hold "
+        f"{total['file_bytes']:,} bytes, {number(total['file_bits_per_parameter'], bits)} bits "
+        f"per parameter ({number(total['file_bits_without_embeddings'], bits)} without embeddings)"
+    )
