@@ -23,7 +23,9 @@ def plain_error(W, part):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_salient_search_is_the_brute_force_optimum(W, masked):
-    support = torch.rand(W.shape, generator=torch.Generator().manual_seed(2)) < (0.6 if masked else 2)
+    support = torch.rand(W.shape, generator=torch.Generator().manual_seed(2)) < (
+        0.6 if masked else 2
+    )
     score = W.square()
     order = (score * support).sum(0).argsort(descending=True, stable=True)
     errors = []

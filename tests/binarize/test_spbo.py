@@ -39,9 +39,7 @@ def test_one_alternation_is_algorithm_1(problem, aware):
     M = (support & (ranks >= 1)).float()
     for row in range(4):
         mu0, alpha0 = part.params[row].tolist()
-        mu, alpha = by_the_letter(
-            W[row], S, M[row], part.signs[row, 0], mu0, alpha0, aware
-        )
+        mu, alpha = by_the_letter(W[row], S, M[row], part.signs[row, 0], mu0, alpha0, aware)
         assert fitted.params[row].tolist() == pytest.approx([mu, alpha], rel=1e-4, abs=1e-5)
 
 
@@ -83,7 +81,9 @@ def test_alternation_converges_to_the_joint_least_squares_solution(problem):
     p = alternate(planes, W * support, S, part.params, 500)
     for row in range(4):
         V = planes[row].double()
-        exact = torch.linalg.solve(V @ S.double() @ V.T, V @ S.double() @ (W * support)[row].double())
+        exact = torch.linalg.solve(
+            V @ S.double() @ V.T, V @ S.double() @ (W * support)[row].double()
+        )
         assert p[row].tolist() == pytest.approx(exact.tolist(), rel=1e-3, abs=1e-4)
     assert p[4].tolist() == [0, 0]
 
