@@ -361,6 +361,7 @@ class _Job:
         bar: Progress,
         log: LinearLog | None,
     ) -> None:
+        """Capture what the block's linears see, compress them in place, commit the block."""
         block, linears = self.blocks.modules[i], self.linears[i]
         with self._stage("capture"):
             stats = capture_inputs(

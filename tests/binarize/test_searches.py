@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_split_search_is_the_brute_force_optimum(W, points):
             continue
         edges = [-1.0, *(x * peak for x in p), float("inf")]
         magnitude = W.abs()
-        parts = [support & (magnitude > a) & (magnitude <= b) for a, b in zip(edges, edges[1:])]
+        parts = [support & (magnitude > a) & (magnitude <= b) for a, b in itertools.pairwise(edges)]
         error = sum(plain_error(W, part) for part in parts)
         if error < best_error:
             best, best_error = [x * peak for x in p], error

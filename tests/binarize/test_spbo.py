@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -16,13 +18,13 @@ def problem():
 
 
 def by_the_letter(W, S, M, B, mu, alpha, aware):
-    """Earlier version, Algorithm 1: update_mu and update_alpha as double sums over k and l."""
+    """Earlier version, Algorithm 1: update_mu and update_alpha as double sums over k and j."""
     b = W.shape[0]
     one = M.double() if aware else torch.ones(b, dtype=torch.float64)
     P = sum(
-        float(S[k, l]) * float(one[k]) * float(W[l] * M[l] - alpha * B[l] * M[l])
+        float(S[k, j]) * float(one[k]) * float(W[j] * M[j] - alpha * B[j] * M[j])
         for k in range(b)
-        for l in range(b)
+        for j in range(b)
     )
     mu = P / float(one @ S.double() @ one)
     Bm = (B * M).double()
@@ -69,7 +71,7 @@ def test_more_alternations_never_raise_the_loss_they_descend(problem, planes):
     for tau in range(1, 9):
         fitted = spbo(W, S, part, ranks, 3, tau=tau, mask_aware=True, target="retained")
         losses.append(loss(W, S, fitted, kept))
-    for before, after in zip(losses, losses[1:]):
+    for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-5) + 1e-4).all()
     assert (losses[-1][:4] < losses[0][:4]).all()
 
