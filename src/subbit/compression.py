@@ -40,9 +40,9 @@ from subbit.model import (
     run_block,
     weight_of,
 )
-from subbit.packed.layout import FORMAT_VERSION, Layout
+from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear
-from subbit.packed.report import bit_report
+from subbit.packed.pack import read_layout
 from subbit.prune.allocate import allocate, mean_kept
 from subbit.recipe import Recipe, load_recipe
 from subbit.run.commits import Workdir, check_output
@@ -403,8 +403,7 @@ class _Job:
         result = self.method.compress(W, LinearStats(gram.H, gram.tokens, name), nm)
         packed = PackedLinear.from_compressed(result, linear.bias, self.model.dtype)
         packed.to(weight.device)
-        salient = 0 if result.salient is None else int(result.salient.sum())
-        bits = bit_report(packed.layout, salient)
+        bits = packed.bits()
         record = {
             "shape": list(result.shape),
             "nm": list(nm),
@@ -419,7 +418,7 @@ class _Job:
         tensors, meta = self.workdir.load(i)
         block = self.blocks.modules[i]
         for name, linear in self.linears[i].items():
-            layout = Layout.from_dict(meta["layouts"][name])
+            layout = read_layout(meta["layouts"][name])
             packed = PackedLinear(layout, linear.bias is not None, self.model.dtype, device="meta")
             state = {field: tensors[f"{name}.{field}"] for field in layout.fields()}
             if linear.bias is not None:

@@ -18,14 +18,16 @@ class CodedBlock:
     Attributes:
         codes: uint8 `(rows, b)`.
         levels: its ordinary levels, parameters `(rows, 1, P)`.
-        salient: bool `(b,)` or None.
+        salient: bool `(b,)` for columns, `(rows, b)` for single weights, or None.
         salient_levels: parameters `(rows, 1, Ps)`, or None.
+        column_scale: float16 `(b,)`, or None.
     """
 
     codes: Tensor
     levels: LevelTable
     salient: Tensor | None = None
     salient_levels: LevelTable | None = None
+    column_scale: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weights that will be read back from the file, float32 `(rows, b)`."""
@@ -33,9 +35,14 @@ class CodedBlock:
 
 
 def assemble(
-    blocks: list[CodedBlock], blocksize: int, nm: tuple[int, int] | None, record: dict[str, Any]
+    blocks: list[CodedBlock],
+    blocksize: int,
+    nm: tuple[int, int] | None,
+    record: dict[str, Any],
+    *,
+    structured: bool = False,
 ) -> CompressedLinear:
-    """Join blocks, left to right; salient levels are dropped where no column is salient."""
+    """Join blocks, left to right; salient levels are dropped where nothing is salient."""
     salient = _join([block.salient for block in blocks])
     if salient is not None and not bool(salient.any()):
         salient = None
@@ -46,12 +53,14 @@ def assemble(
         nm=nm,
         salient=salient,
         salient_levels=_tables([b.salient_levels for b in blocks]) if salient is not None else None,
+        structured=structured,
+        column_scale=_join([block.column_scale for block in blocks]),
         record=record,
     )
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat([p for p in parts if p is not None])
+    return None if parts[0] is None else torch.cat([p for p in parts if p is not None], -1)
 
 
 def _tables(tables: list[LevelTable | None]) -> LevelTable | None:

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from subbit.codes import CompressedLinear
+from subbit.codes import Compressed
 from subbit.errors import ModelError, NonFiniteError, RecipeError, nearest
 from subbit.linalg import Factor, relative_loss
 
@@ -64,7 +64,7 @@ class Method(ABC):
         self.settings = settings or Settings()
         self.options = _parse(self.Opt, self.name, options or {})
 
-    def compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> Compressed:
         """Compress one linear.
 
         Args:
@@ -73,7 +73,7 @@ class Method(ABC):
             nm: `(N, M)`, N kept of every M consecutive columns.
 
         Returns:
-            Codes and levels, with `loss`, `salient_share`, `damping`, `tokens` in the record.
+            Codes and levels, or 16-bit values under a mask, with `loss`, `salient_share`, `damping`, `tokens` in the record.
 
         Raises:
             NonFiniteError: NaN or Inf in W or H, named.
@@ -83,14 +83,14 @@ class Method(ABC):
         result = self._compress(W, stats, nm)
         record = {
             "loss": relative_loss(W, result.dequantize(), stats.H),
-            "salient_share": _salient_share(result),
+            "salient_share": result.salient_share,
             "tokens": stats.tokens,
             **result.record,
         }
         return replace(result, record=record)
 
     @abstractmethod
-    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> Compressed:
         """The method itself, on checked input."""
 
 
@@ -129,7 +129,3 @@ def _check(W: Tensor, stats: LinearStats) -> None:
                 f"{stats.name}: {bad} NaN or Inf values in its {what}; "
                 "repair the checkpoint or load it in float32"
             )
-
-
-def _salient_share(result: CompressedLinear) -> float:
-    return 0.0 if result.salient is None else float(result.salient.float().mean())
