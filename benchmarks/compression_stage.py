@@ -3,8 +3,8 @@
     python benchmarks/compression_stage.py [--shapes 4096x4096 11008x4096] [--recipe pbs2p-6-8]
 
 Shapes are rows x columns. Weights are Gaussian, inputs correlated; what the values are does not
-change what is computed. With one thread (the default) seconds are CPU seconds of the process, so that
-other programs on the machine do not count; with more, wall seconds.
+change what is computed. With one thread (the default) seconds are CPU seconds of the process, so
+that other programs on the machine do not count; with more, wall seconds.
 """
 
 import argparse
