@@ -42,12 +42,21 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """Absolute module names that a file imports, with the line, and whether inside a function."""
+    """Absolute module names that a file imports, with the line, and whether inside a function.
+
+    What stands under `if TYPE_CHECKING:` is never run; there, types of other packages are free.
+    """
     package = ["subbit", *path.relative_to(SOURCE).parent.parts]
     found = []
 
     def visit(node: ast.AST, inside: bool) -> None:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                before = len(found)
+                visit(child, inside)
+                ours = [entry for entry in found[before:] if entry[0].startswith("subbit")]
+                found[before:] = ours
+                continue
             if isinstance(child, ast.Import):
                 found.extend((alias.name, child.lineno, inside) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
