@@ -3,12 +3,15 @@
 from typing import Any
 
 from subbit.errors import RecipeError, nearest
+from subbit.methods.awq import AWQ
 from subbit.methods.base import LinearStats, Method, Options, Settings
+from subbit.methods.gptq import GPTQ
 from subbit.methods.pbs2p import PBS2P
+from subbit.methods.rtn import RTN
 
 __all__ = ["METHODS", "LinearStats", "Method", "Options", "Settings", "list_methods", "make_method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PBS2P,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, AWQ, PBS2P)}
 
 
 def make_method(

@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         return {name: getattr(self, name) for name in self.layout.fields()}
 
     def compressed(self) -> Compressed:
-        """The codes and levels, or the values under a mask, of this linear; FormatError if the bytes mean none."""
+        """Codes and levels, or values under a mask; FormatError if the bytes mean none."""
         return unpack(self.layout, self.fields())
 
     def dequantize(self) -> Tensor:
