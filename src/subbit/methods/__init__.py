@@ -3,15 +3,28 @@
 from typing import Any
 
 from subbit.errors import RecipeError, nearest
+from subbit.methods.alps import ALPS
 from subbit.methods.awq import AWQ
 from subbit.methods.base import LinearStats, Method, Options, Settings
+from subbit.methods.dsnot import DSnoT
 from subbit.methods.gptq import GPTQ
+from subbit.methods.magnitude import Magnitude
 from subbit.methods.pbs2p import PBS2P
+from subbit.methods.random_mask import RandomMask
 from subbit.methods.rtn import RTN
+from subbit.methods.sparsegpt import SparseGPT
+from subbit.methods.wanda import Wanda
 
 __all__ = ["METHODS", "LinearStats", "Method", "Options", "Settings", "list_methods", "make_method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, AWQ, PBS2P)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        *(RTN, GPTQ, AWQ),
+        *(RandomMask, Magnitude, Wanda, SparseGPT, DSnoT, ALPS),
+        PBS2P,
+    )
+}
 
 
 def make_method(
