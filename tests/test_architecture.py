@@ -14,16 +14,17 @@ SOURCE = ROOT / "src" / "subbit"
 # room -> the rooms it may import; the same table as in docs/architecture.md
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "quiet": set(),
     "codes": set(),
     "recipe": {"errors"},
     "text": {"errors"},
     "linalg": {"errors"},
-    "model": {"linalg", "errors"},
+    "model": {"linalg", "quiet", "errors"},
     "prune": {"linalg", "errors"},
     "binarize": {"linalg", "codes", "errors"},
     "methods": {"linalg", "prune", "binarize", "codes", "errors"},
     "packed": {"codes", "errors"},
-    "hub": {"packed", "recipe", "codes", "errors"},
+    "hub": {"packed", "recipe", "codes", "quiet", "errors"},
     "run": {"errors"},
     "evaluate": {"hub", "text", "model", "errors"},
 }
@@ -32,7 +33,7 @@ ROOMS["study"] = set(ROOMS)
 EVERYTHING = {"__init__", "cli", "demo"}  # these may import any room, but only inside functions
 ROOMS |= {room: set(ROOMS) | EVERYTHING for room in EVERYTHING}
 
-TRANSFORMERS = {"model", "text", "hub", "evaluate"}
+TRANSFORMERS = {"model", "text", "hub", "evaluate", "quiet"}
 TORCH_ONLY = {"linalg", "packed"}
 NOT_TO_LOAD = ("methods", "text", "model", "study")
 

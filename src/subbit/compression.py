@@ -8,15 +8,13 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import subbit
 from subbit.errors import RecipeError
@@ -53,6 +51,9 @@ from subbit.run.memory import peak_rss_bytes
 from subbit.run.progress import Progress
 from subbit.text import Windows, calibration_windows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["CompressedModel", "compress"]
 
 
@@ -70,8 +71,8 @@ class CompressedModel:
         log: one line per linear, as in `compression.jsonl`.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
     recipe: Recipe
     calibration: dict[str, Any]
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -104,11 +105,11 @@ class CompressedModel:
 
 
 def compress(
-    model: str | Path | PreTrainedModel,
+    model: "str | Path | PreTrainedModel",
     recipe: str | Path | Recipe = "pbs2p-6-8",
     calibration: str | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     out: str | Path | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -194,11 +195,11 @@ def _device(device: str) -> torch.device:
 
 
 def _load(
-    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str
+    model: "str | Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", dtype: str
 ) -> LoadedModel:
     if not isinstance(model, nn.Module):
         loaded = load_model(model, dtype=dtype)
-        return loaded if tokenizer is None else LoadedModel(loaded.model, tokenizer, loaded.source, loaded.kind)
+        return loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
     if tokenizer is None:
         raise RecipeError("compress() was given a loaded model without tokenizer; pass tokenizer=")
     if dtype != "auto":
@@ -235,9 +236,7 @@ def _identity(
             "subbit": subbit.__version__,
             "format": FORMAT_VERSION,
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
+            **{package: version(package) for package in ("torch", "transformers", "safetensors")},
         },
     }
 
@@ -354,8 +353,15 @@ class _Job:
         return LinearLog(self.workdir.path / "log.jsonl", lines)
 
     def _compress_block(
-        self, i: int, hidden: Tensor, call: Any, nm: tuple[int, int], bar: Progress, log: LinearLog | None
+        self,
+        i: int,
+        hidden: Tensor,
+        call: Any,
+        nm: tuple[int, int],
+        bar: Progress,
+        log: LinearLog | None,
     ) -> None:
+        """Capture what the block's linears see, compress them in place, commit the block."""
         block, linears = self.blocks.modules[i], self.linears[i]
         with self._stage("capture"):
             stats = capture_inputs(

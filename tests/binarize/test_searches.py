@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +25,9 @@ def plain_error(W, part):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_salient_search_is_the_brute_force_optimum(W, masked):
-    support = torch.rand(W.shape, generator=torch.Generator().manual_seed(2)) < (0.6 if masked else 2)
+    support = torch.rand(W.shape, generator=torch.Generator().manual_seed(2)) < (
+        0.6 if masked else 2
+    )
     score = W.square()
     order = (score * support).sum(0).argsort(descending=True, stable=True)
     errors = []
@@ -57,7 +61,7 @@ def test_split_search_is_the_brute_force_optimum(W, points):
             continue
         edges = [-1.0, *(x * peak for x in p), float("inf")]
         magnitude = W.abs()
-        parts = [support & (magnitude > a) & (magnitude <= b) for a, b in zip(edges, edges[1:])]
+        parts = [support & (magnitude > a) & (magnitude <= b) for a, b in itertools.pairwise(edges)]
         error = sum(plain_error(W, part) for part in parts)
         if error < best_error:
             best, best_error = [x * peak for x in p], error

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -16,13 +18,13 @@ def problem():
 
 
 def by_the_letter(W, S, M, B, mu, alpha, aware):
-    """Earlier version, Algorithm 1: update_mu and update_alpha as double sums over k and l."""
+    """Earlier version, Algorithm 1: update_mu and update_alpha as double sums over k and j."""
     b = W.shape[0]
     one = M.double() if aware else torch.ones(b, dtype=torch.float64)
     P = sum(
-        float(S[k, l]) * float(one[k]) * float(W[l] * M[l] - alpha * B[l] * M[l])
+        float(S[k, j]) * float(one[k]) * float(W[j] * M[j] - alpha * B[j] * M[j])
         for k in range(b)
-        for l in range(b)
+        for j in range(b)
     )
     mu = P / float(one @ S.double() @ one)
     Bm = (B * M).double()
@@ -39,9 +41,7 @@ def test_one_alternation_is_algorithm_1(problem, aware):
     M = (support & (ranks >= 1)).float()
     for row in range(4):
         mu0, alpha0 = part.params[row].tolist()
-        mu, alpha = by_the_letter(
-            W[row], S, M[row], part.signs[row, 0], mu0, alpha0, aware
-        )
+        mu, alpha = by_the_letter(W[row], S, M[row], part.signs[row, 0], mu0, alpha0, aware)
         assert fitted.params[row].tolist() == pytest.approx([mu, alpha], rel=1e-4, abs=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_more_alternations_never_raise_the_loss_they_descend(problem, planes):
     for tau in range(1, 9):
         fitted = spbo(W, S, part, ranks, 3, tau=tau, mask_aware=True, target="retained")
         losses.append(loss(W, S, fitted, kept))
-    for before, after in zip(losses, losses[1:]):
+    for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-5) + 1e-4).all()
     assert (losses[-1][:4] < losses[0][:4]).all()
 
@@ -83,7 +83,9 @@ def test_alternation_converges_to_the_joint_least_squares_solution(problem):
     p = alternate(planes, W * support, S, part.params, 500)
     for row in range(4):
         V = planes[row].double()
-        exact = torch.linalg.solve(V @ S.double() @ V.T, V @ S.double() @ (W * support)[row].double())
+        exact = torch.linalg.solve(
+            V @ S.double() @ V.T, V @ S.double() @ (W * support)[row].double()
+        )
         assert p[row].tolist() == pytest.approx(exact.tolist(), rel=1e-3, abs=1e-4)
     assert p[4].tolist() == [0, 0]
 

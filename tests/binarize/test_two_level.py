@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 import torch
-import worked_example as example
 
+import worked_example as example
 from subbit.binarize.two_level import fit_alternating, fit_exact
 
 ALL = torch.ones_like(example.MASK)

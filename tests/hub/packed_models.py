@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
 from subbit.hub.save import save_packed
 from subbit.packed.linear import PackedLinear
+from tiny_models import tiny_model, tiny_tokenizer
 
 RECIPE = {
     "name": "pbs2p-6-8",

@@ -29,7 +29,7 @@ def damped(factor):
 
 
 def test_exact_compensation_is_the_dense_least_squares_optimum(problem):
-    W, H = problem
+    _, H = problem
     factor = factorize(H, 0.01)
     E = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     step = compensate(E, factor.U[:8, :8], factor.U[:8, 8:], "exact")

@@ -23,3 +23,11 @@ def test_relative_loss_is_the_relative_output_error():
     assert relative_loss(W, W_hat, X.T @ X) == pytest.approx(expected, rel=1e-4)
     assert relative_loss(W, W, X.T @ X) == 0
     assert relative_loss(W * 0, W * 0, X.T @ X) == 0
+
+
+def test_stripes_make_the_whole_symmetric_matrix():
+    X = torch.randint(-3, 4, (30, 600), generator=torch.Generator().manual_seed(0)).float()
+    gram = GramAccumulator(600)
+    gram.add(X)
+    assert torch.equal(gram.H, X.T @ X)
+    assert torch.equal(gram.H, gram.H.T)

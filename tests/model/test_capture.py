@@ -160,9 +160,28 @@ def test_nan_is_named_where_it_appears(windows):
         capture_inputs(blocks.modules[0], hidden, calls[0], find_linears(blocks.modules[0]), Rows)
 
 
+def test_blocks_that_change_the_dtype_are_refused(windows):
+    model = tiny_model("llama")
+    _, calls, hidden = prepare(model, windows)
+
+    class Wider(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(64, 64)
+
+        def forward(self, x, **kwargs):
+            return self.fc(x).double(), None
+
+    with pytest.raises(ModelError, match=r"model\.layers\.0 turns .* into .*float64"):
+        run_block(Wider(), hidden, calls[0])
+
+
 def test_gradients_and_hooks_are_left_as_they_were(windows):
     model = tiny_model("gpt2")
     blocks, calls, hidden = prepare(model, windows)
     out = run_block(blocks.modules[0], hidden, calls[0])
     assert torch.is_grad_enabled()
     assert not out.requires_grad
+    with pytest.raises(ZeroDivisionError):
+        run_block(blocks.modules[0], hidden, calls[0], advance=lambda n: n // 0)
+    assert torch.is_grad_enabled()

@@ -26,7 +26,9 @@ def test_metrics_are_their_formulas(problem):
     W, X, _, factor, _ = problem
     block = W[:, 4:9]
     norm = X[:, 4:9].norm(dim=0)
-    inverse = torch.linalg.inv(factor.H + factor.damping * factor.H.diagonal().mean() * torch.eye(12))
+    inverse = torch.linalg.inv(
+        factor.H + factor.damping * factor.H.diagonal().mean() * torch.eye(12)
+    )
     diagonal = inverse.diagonal()[4:9]
     close = dict(rtol=1e-4, atol=0)
     torch.testing.assert_close(score(problem, "magnitude"), block.abs())

@@ -1,4 +1,4 @@
-"""Salient columns: which whole columns of a block get a second sign plane (BiLLM, STBLLM Alg. 2)."""
+"""Salient columns: which columns of a block get a second sign plane (BiLLM, STBLLM Alg. 2)."""
 
 import torch
 from torch import Tensor

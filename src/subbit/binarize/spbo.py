@@ -90,7 +90,7 @@ def spbo(
 
 
 def alternate(planes: Tensor, target: Tensor, S: Tensor, params: Tensor, tau: int) -> Tensor:
-    """Coordinate descent on `||target - sum_i p_i v_i||_S^2` per row: mu, then each alpha, tau times.
+    """Coordinate descent on `||target - sum_i p_i v_i||_S^2`: mu, then each alpha, tau times.
 
     All inner products are taken once; the alternation itself is on scalars. A plane with nothing
     left in a row gets the parameter 0.

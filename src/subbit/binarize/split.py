@@ -57,7 +57,9 @@ def _cumulative(magnitude: Tensor, support: Tensor, candidates: Tensor) -> tuple
     position = position.view(candidates.shape)
 
     def between(cumulative: Tensor) -> Tensor:
-        upto = torch.cat((cumulative[:, position], cumulative[:, -1:, None].expand(-1, len(position), 1)), -1)
+        upto = torch.cat(
+            (cumulative[:, position], cumulative[:, -1:, None].expand(-1, len(position), 1)), -1
+        )
         return torch.diff(upto, dim=-1, prepend=torch.zeros_like(upto[..., :1]))
 
     return between(sums), between(counts)

@@ -26,7 +26,7 @@ def fit_alternating(W: Tensor, support: Tensor, iterations: int = 50) -> Tensor:
     for _ in range(iterations):
         mu = mu + ((W - alpha * B - mu) * support).sum(-1, keepdim=True) / count
         alpha = (B * (W - mu)).sum(-1, keepdim=True) / count
-        B = torch.where(W >= mu, 1.0, -1.0) * support
+        B = torch.where(mu <= W, 1.0, -1.0) * support
     return (mu + alpha * B) * support
 
 

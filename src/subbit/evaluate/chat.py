@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +33,8 @@ def chat_loop(
 ) -> None:
     """Talk until `/exit` or the end of the input; the model sees the whole conversation.
 
-    When the conversation outgrows the model's context, its oldest turns are forgotten.
+    When the conversation outgrows the model's context, its oldest turns are forgotten; a single
+    turn that is too long is refused and the conversation goes on.
 
     Args:
         model: causal LM.
@@ -44,7 +46,7 @@ def chat_loop(
         seed: of the first turn; each turn has the next one.
 
     Raises:
-        RecipeError: no chat template, or a single turn longer than the model's context.
+        RecipeError: no chat template.
     """
     if not tokenizer.chat_template:
         raise RecipeError(
@@ -53,6 +55,7 @@ def chat_loop(
         )
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     turns: list[Message] = []
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     write(_HELP)
     while True:
         try:
@@ -64,36 +67,39 @@ def chat_loop(
             return
         if line == "/reset":
             turns = []
-            continue
-        if not line:
-            continue
-        if line.startswith("/"):
+        elif line.startswith("/"):
             write(_HELP)
-            continue
-        turns.append({"role": "user", "content": line})
-        turns = _recent(model, tokenizer, start, turns, max_new_tokens)
-        answer: list[str] = []
+        elif line:
+            question = {"role": "user", "content": line}
+            heard = _recent(model, tokenizer, start, [*turns, question], max_new_tokens)
+            try:
+                said = _answer(model, tokenizer, start + heard, write, {**options, "seed": seed})
+                turns = [*heard, {"role": "assistant", "content": said}]
+            except RecipeError as error:  # this turn is too long; the earlier ones are still good
+                write(f"{error}\n")
+            seed += 1
 
-        def say(piece: str, answer: list[str] = answer) -> None:
-            answer.append(piece)
-            write(piece)
 
-        try:
-            generate(
-                model,
-                tokenizer,
-                start + turns,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                stream=say,
-            )
-        except KeyboardInterrupt:
-            write(" ...")
-        write("\n")
-        seed += 1
-        turns.append({"role": "assistant", "content": "".join(answer)})
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    write: Callable[[str], object],
+    options: dict[str, Any],
+) -> str:
+    """Write the answer piece by piece and return it; Ctrl-C keeps what was said until then."""
+    said: list[str] = []
+
+    def say(piece: str) -> None:
+        said.append(piece)
+        write(piece)
+
+    try:
+        generate(model, tokenizer, messages, stream=say, **options)
+    except KeyboardInterrupt:
+        write(" ...")
+    write("\n")
+    return "".join(said)
 
 
 def _recent(
@@ -103,13 +109,11 @@ def _recent(
     turns: list[Message],
     max_new_tokens: int,
 ) -> list[Message]:
-    """Drop the oldest question and answer until the rest and a new answer fit the context."""
+    """Drop the oldest question and answer until the context has room for a new answer."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return turns
-    while len(turns) > 1:
-        length = prompt_tokens(tokenizer, start + turns).shape[1]
-        if length + max_new_tokens <= context:
-            break
+    room = context - min(max_new_tokens, context // 2)
+    while len(turns) > 1 and prompt_tokens(tokenizer, start + turns).shape[1] > room:
         turns = turns[2:]
     return turns

@@ -45,7 +45,7 @@ def generate(
         seed: of the sampling; the caller's random state is the same before and after.
         chat: whether a text becomes one turn of the chat template: True, False, or "auto" = if
             the tokenizer has a template.
-        stream: called with each piece of text as soon as it is complete, and with "" at no time.
+        stream: called with each piece of text as soon as it is complete.
 
     Raises:
         RecipeError: an option that means nothing, an empty prompt, one that leaves no room in the

@@ -103,15 +103,15 @@ def _mean_nll(chunks: Iterator[Tensor], window: Tensor, index: int) -> float:
     """Return the mean NLL of `window` `(seqlen,)` given its logits in chunks `(positions, V)`."""
     total, done = 0.0, 0
     for logits in chunks:
-        if not logits.isfinite().all():
-            raise NonFiniteError(
-                f"the model's logits are not finite in window {index}; check its weights, or load "
-                "it in float32 or bfloat16"
-            )
         targets = window[done + 1 : done + 1 + logits.shape[0]].to(logits.device)
         predictions = logits[: targets.shape[0]]  # the last position predicts nothing
         loss = torch.nn.functional.cross_entropy(predictions.float(), targets, reduction="sum")
         total += loss.item()
+        if not math.isfinite(total):  # a NaN or Inf among the logits of a position is in its loss
+            raise NonFiniteError(
+                f"the model's logits are not finite in window {index}; check its weights, or load "
+                "it in float32 or bfloat16"
+            )
         done += logits.shape[0]
     return total / (window.shape[0] - 1)
 

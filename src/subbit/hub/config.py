@@ -39,7 +39,7 @@ class SubbitConfig(QuantizationConfigMixin):
         subbit_version: version of the program that wrote it.
 
     Raises:
-        FormatError: the format is newer than this program, or the list of modules is malformed.
+        FormatError: the format is newer than this program, or the values are of other types.
     """
 
     def __init__(
@@ -54,11 +54,17 @@ class SubbitConfig(QuantizationConfigMixin):
         subbit_version: str = __version__,
         **_unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if type(format_version) is not int or format_version > FORMAT_VERSION:
             raise FormatError(
                 f"config.json says subbit format version {format_version}, this subbit reads up to "
                 f"{FORMAT_VERSION}; upgrade subbit (pip install -U subbit)."
             )
+        for value in (modules, recipe, calibration, linears):
+            if not isinstance(value, dict | None):
+                raise FormatError(
+                    f"config.json holds {value!r:.80} where subbit writes an object; "
+                    "the file is damaged, copy or download the folder again."
+                )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.modules = _natural(modules or {})

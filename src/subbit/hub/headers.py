@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def _entries(path: Path, size: int) -> tuple[int, dict[str, Any]]:
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise FormatError(f"{path} has an unreadable header; copy it again.") from error
     return 8 + length, entries
 
@@ -75,7 +76,8 @@ def read_header(path: Path) -> Header:
     try:
         for name, entry in entries.items():
             begin, stop = entry["data_offsets"]
-            tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), stop - begin)
+            shape = tuple(map(operator.index, entry["shape"]))
+            tensors[name] = TensorInfo(path, entry["dtype"], shape, operator.index(stop - begin))
             end = max(end, stop)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path} has an unreadable header; copy it again.") from error

@@ -81,7 +81,7 @@ def _read(folder: Path, newest: int) -> dict[str, Any]:
         raise damaged from error
     if _serialise(content) != raw:
         raise damaged
-    if not isinstance(version, int) or version > newest:
+    if type(version) is not int or version > newest:
         raise FormatError(
             f"{path} says format version {version}, this subbit reads up to {newest}; "
             "upgrade subbit (pip install -U subbit)."

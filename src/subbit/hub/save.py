@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subbit.errors import ModelError
 from subbit.hub.card import model_card
 from subbit.hub.config import SubbitConfig
-from subbit.hub.headers import read_folder_headers
 from subbit.hub.inspect import inspect_folder
 from subbit.hub.manifest import write_manifest
 from subbit.hub.quantizer import attach, packed_modules
@@ -59,8 +58,7 @@ def save_packed(
         max_shard_size: size from which the weights are split into several files.
 
     Raises:
-        ModelError: the model holds no packed linear, or transformers would store its tensors under
-            names that cannot be found again.
+        ModelError: the model holds no packed linear.
     """
     packed = packed_modules(model)
     if not packed:
@@ -78,8 +76,10 @@ def save_packed(
         base_model=_public_name(base_model),
     )
     attach(model, config)
-    model.save_pretrained(out, max_shard_size=max_shard_size)
-    _check_names(model, out)
+    # the file's names are the modules' names, also where transformers has older ones for them
+    model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
+    for shard in out.glob("*.safetensors"):  # written private, unlike everything else
+        shard.chmod((out / "config.json").stat().st_mode)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     remote_code = _write_modeling(model, out)
@@ -110,19 +110,6 @@ def _embedding_tensors(model: PreTrainedModel) -> list[str]:
         if isinstance(module, nn.Embedding) or module is head
         for parameter, _ in module.named_parameters(recurse=False)
     ]
-
-
-def _check_names(model: PreTrainedModel, out: Path) -> None:
-    """Every packed tensor must be in the files under the name of its module."""
-    stored = {name for header in read_folder_headers(out) for name in header.tensors}
-    for name, module in packed_modules(model).items():
-        missing = [f for f in module.layout.fields() if f"{name}.{f}" not in stored]
-        if missing:
-            raise ModelError(
-                f"transformers stores '{name}.{missing[0]}' of {type(model).__name__} under "
-                "another name, so that it could not be loaded again; this architecture is not "
-                "supported."
-            )
 
 
 def _write_modeling(model: PreTrainedModel, out: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Second-order statistics of a linear's inputs and the block loop that compensates errors with them."""
+"""Second-order statistics of a linear's inputs, and the block loop that uses them."""
 
 from subbit.linalg.blockloop import BlockView, compensate, run_blocks
 from subbit.linalg.cholesky import Factor, factorize

@@ -5,6 +5,8 @@ from torch import Tensor
 
 __all__ = ["GramAccumulator", "relative_loss"]
 
+_STRIPE = 256  # columns of H computed at a time; only the lower triangle is
+
 
 class GramAccumulator:
     """Accumulates `H = sum_t x_t^T x_t`, un-normalised, with an integer token count.
@@ -12,19 +14,26 @@ class GramAccumulator:
     Un-normalised sums with an exact count can be added over machines in any order.
 
     Attributes:
-        H: float32 `(features, features)`.
         tokens: calibration tokens seen so far.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.H = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._lower = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add inputs `(..., features)` of any float dtype."""
-        x = x.reshape(-1, x.shape[-1]).to(device=self.H.device, dtype=torch.float32)
-        self.H.addmm_(x.T, x)
+        x = x.reshape(-1, x.shape[-1]).to(device=self._lower.device, dtype=torch.float32)
+        for start in range(0, x.shape[1], _STRIPE):
+            stripe = x[:, start : start + _STRIPE]
+            self._lower[start:, start : start + _STRIPE].addmm_(x[:, start:].T, stripe)
         self.tokens += x.shape[0]
+
+    @property
+    def H(self) -> Tensor:
+        """The sum, float32 `(features, features)`, exactly symmetric."""
+        lower = self._lower.tril()
+        return lower + lower.tril(-1).T
 
 
 def relative_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:

@@ -35,7 +35,7 @@ class CodedBlock:
 def assemble(
     blocks: list[CodedBlock], blocksize: int, nm: tuple[int, int] | None, record: dict[str, Any]
 ) -> CompressedLinear:
-    """Join blocks, left to right; salient levels are dropped where no block has a salient column."""
+    """Join blocks, left to right; salient levels are dropped where no column is salient."""
     salient = _join([block.salient for block in blocks])
     if salient is not None and not bool(salient.any()):
         salient = None

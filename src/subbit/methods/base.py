@@ -58,7 +58,9 @@ class Method(ABC):
     summary: ClassVar[str]
     Opt: ClassVar[type[Options]] = Options
 
-    def __init__(self, options: dict[str, Any] | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self, options: dict[str, Any] | None = None, settings: Settings | None = None
+    ) -> None:
         self.settings = settings or Settings()
         self.options = _parse(self.Opt, self.name, options or {})
 
@@ -117,7 +119,9 @@ def _check(W: Tensor, stats: LinearStats) -> None:
             "H must be (cols, cols)"
         )
     if stats.tokens < 1:
-        raise ModelError(f"{stats.name}: no calibration token reached it; check the model or skip it")
+        raise ModelError(
+            f"{stats.name}: no calibration token reached it; check the model or skip it"
+        )
     for what, tensor in (("weights", W), ("H (calibration inputs)", stats.H)):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

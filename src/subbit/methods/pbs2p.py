@@ -1,6 +1,5 @@
 """PBS2P: progressive binarization with semi-structured pruning (Yan et al., 2025)."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from subbit.binarize.salient import search_salient
-from subbit.binarize.split import label_groups, search_splits
 from subbit.binarize.spbo import Part, binarize_part, spbo
+from subbit.binarize.split import label_groups, search_splits
 from subbit.codes import CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, assemble
@@ -94,11 +93,24 @@ class PBS2P(Method):
         labels = label_groups(W, splits)
         group = torch.arange(o.split_points + 1, dtype=labels.dtype, device=labels.device)
         groups = self._fit(block, rest, labels == group[:, None, None], ranks, m - n, planes=1)
-        pair = self._fit(block, salient, torch.ones(1, 1, dtype=torch.bool, device=W.device), ranks, m - n, planes=2)
+        pair = self._fit(
+            block,
+            salient,
+            torch.ones(1, 1, dtype=torch.bool, device=W.device),
+            ranks,
+            m - n,
+            planes=2,
+        )
         return code_block(keep, salient, labels, groups, pair)
 
     def _fit(
-        self, block: BlockView, columns: Tensor, support: Tensor, ranks: Tensor, steps: int, planes: int
+        self,
+        block: BlockView,
+        columns: Tensor,
+        support: Tensor,
+        ranks: Tensor,
+        steps: int,
+        planes: int,
     ) -> Part:
         """Binarise some columns of a block in one or more (stacked) groups of weights."""
         o = self.options
@@ -118,7 +130,9 @@ class PBS2P(Method):
         )
 
 
-def code_block(keep: Tensor, salient: Tensor, labels: Tensor, groups: Part, pair: Part) -> CodedBlock:
+def code_block(
+    keep: Tensor, salient: Tensor, labels: Tensor, groups: Part, pair: Part
+) -> CodedBlock:
     """Turn fitted parts into codes and stored parameters.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -226,7 +227,8 @@ def _run_windows(
 @contextmanager
 def _placed(block: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     """Move the block to `device` and back to where it was."""
-    home = next(block.parameters()).device
+    tensors = chain(block.parameters(), block.buffers())
+    home = next((tensor.device for tensor in tensors), torch.device("cpu"))
     place = home if device is None else torch.device(device)
     block.to(place)
     try:
@@ -237,6 +239,11 @@ def _placed(block: nn.Module, device: torch.device | str | None) -> Iterator[tor
 
 def _check_output(block: nn.Module, x: Tensor, y: Tensor, call: BlockCall, window: int) -> None:
     """Raise if `y` is not finite, naming the first module that turned `x` into NaN or Inf."""
+    if y.shape != x.shape or y.dtype != x.dtype:
+        raise ModelError(
+            f"{call.name} turns hidden states {tuple(x.shape)} {x.dtype} into {tuple(y.shape)} "
+            f"{y.dtype}; blocks that change shape or dtype are not supported"
+        )
     if torch.isfinite(y).all():
         return
     culprits: list[str] = []

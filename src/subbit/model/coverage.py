@@ -119,7 +119,7 @@ def _missed_message(model: nn.Module, missed: dict[str, nn.Parameter]) -> str:
     more = f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else ""
     patterns = sorted({_general(name) for name in missed})
     return (
-        f"{len(missed)} weights of {type(model).__name__}, {share:.1%} of its parameters, are no "
-        f"linears of its decoder blocks and would silently stay as they are: {', '.join(shown)}"
-        f"{more}; to accept that, pass --set skip='{json.dumps(patterns)}'"
+        f"{len(missed)} weight tensors of {type(model).__name__}, {share:.1%} of its parameters, "
+        "are not linears of its decoder blocks and would stay uncompressed: "
+        f"{', '.join(shown)}{more}; to accept that, pass --set skip='{json.dumps(patterns)}'"
     )

@@ -10,6 +10,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -140,10 +141,16 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
             f"'{hub_id}' is neither a local folder nor a model on the hub; check the spelling, "
             "or log in with `hf auth login` if it is private"
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ModelError(
             f"'{hub_id}' is no local folder, and the hub could not be reached to download it "
             "(no network, or HF_HUB_OFFLINE is set); a local model folder or .gguf file works "
             "without network"
+        ) from error
+    except Exception as error:  # the client lets its transport's own errors through
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(
+            f"downloading '{hub_id}' from the hub failed ({reason}); try again, what has arrived "
+            "is kept"
         ) from error
     return Path(folder)

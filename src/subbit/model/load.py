@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from subbit.errors import ModelError, RecipeError, nearest
+from subbit.model.checks import check_complete, check_declared, check_kind
 from subbit.model.files import check_weights, fetch, looks_like_hub_id, read_json
+from subbit.quiet import quiet_transformers
 
 __all__ = ["LoadedModel", "load_model"]
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GGUF_DTYPE = torch.bfloat16
-# weights of the wrong shape are reported, not raised: `_check_complete` names them
+# weights of the wrong shape are reported, not raised: `check_complete` names them
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
@@ -109,18 +104,22 @@ def _load_folder(
             else "a folder as save_pretrained writes it is needed"
         )
         raise ModelError(f"'{source}' is no model: it has no config.json; {hint}")
-    _check_declared(read_json(folder / "config.json"), source, trust_remote_code)
+    check_declared(read_json(folder / "config.json"), source, trust_remote_code)
     check_weights(folder)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _explained(source), _quiet():
+    with _explained(f"'{source}'"), quiet_transformers():
         config = AutoConfig.from_pretrained(folder, **options)
-        _check_kind(config, source)
+    check_kind(config, source)
+    with (
+        _explained(f"the tokenizer of '{source}'", "put its files beside the weights"),
+        quiet_transformers(),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    with _explained(f"'{source}'"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, **_REPORT, **options
         )
-    _check_complete(model, info, source)
-    with _explained(f"the tokenizer of {source}"), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    check_complete(model, info, source)
     return LoadedModel(model, tokenizer, source, kind)
 
 
@@ -134,7 +133,7 @@ def _load_gguf(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         # the reader's own progress bar knows no off switch
-        with _quiet(), redirect_stderr(io.StringIO()):
+        with quiet_transformers(), redirect_stderr(io.StringIO()):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=dtype, **_REPORT, **options, **dense
             )
@@ -143,7 +142,7 @@ def _load_gguf(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:
         raise
     except Exception as error:
         raise ModelError(_gguf_message(path, source, error)) from error
-    _check_complete(model, info, source)
+    check_complete(model, info, source)
     # dense from here on: saving and the quantiser checks must not take it for a GGUF model
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -163,76 +162,18 @@ def _gguf_message(path: Path, source: str, error: Exception) -> str:
     return f"transformers cannot turn '{source}' into a causal LM: {_first_line(error)}"
 
 
-def _check_declared(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
-    """Refuse what config.json says is quantised, or needs code that the user has not trusted."""
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown")
-        what = "compressed by subbit" if method == "subbit" else f"quantised (method '{method}')"
-        raise ModelError(f"'{source}' is already {what}; give the original model in 16 or 32 bits")
-    own_code = "AutoModelForCausalLM" in config.get("auto_map", {})
-    if own_code and not trust_remote_code and config.get("model_type") not in _known_types():
-        raise ModelError(
-            f"'{source}' needs model code of its own; read it, and if you trust it pass "
-            "trust_remote_code=True"
-        )
-
-
-def _check_kind(config: PreTrainedConfig, source: str) -> None:
-    """Refuse a model that is not a causal LM."""
-    names = list(config.architectures or [])
-    known = _known_types().get(config.model_type, ())
-    causal = any(name in known or name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    if getattr(config, "is_encoder_decoder", False) or (names and not causal):
-        what = names[0] if names else f"{config.model_type} encoder-decoder"
-        raise ModelError(f"'{source}' holds a {what}, which is not a causal LM")
-
-
-def _known_types() -> dict[str, tuple[str, ...]]:
-    """Return model type -> class names of its causal LMs."""
-    return {
-        kind: (names,) if isinstance(names, str) else tuple(names)
-        for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    }
-
-
-def _check_complete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
-    """Refuse a model some of whose weights were not in the checkpoint, hence random."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = sorted(set(info["missing_keys"]) - set(tied))
-    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
-    for names, fault in ((missing, "lacks"), (mismatched, "has other shapes for")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(
-                f"the checkpoint '{source}' {fault} weights that a {type(model).__name__} needs: "
-                f"{', '.join(names[:3])}{more}; it is incomplete, or its config.json is not its own"
-            )
-
-
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, advice: str = "") -> Iterator[None]:
     """Turn whatever transformers raises while loading into one sentence."""
     try:
         yield
     except (ModelError, MemoryError):
         raise
     except Exception as error:
-        raise ModelError(f"transformers cannot load {what}: {_first_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars off stderr, and put both back after."""
-    with ExitStack() as restore:
-        restore.callback(logging.set_verbosity, logging.get_verbosity())
-        if logging.is_progress_bar_enabled():
-            restore.callback(logging.enable_progress_bar)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
+        reason = _first_line(error) + (f"; {advice}" if advice else "")
+        raise ModelError(f"transformers cannot load {what}: {reason}") from error
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no reason given"]
-    return f"{type(error).__name__}: {lines[0].strip()}"
+    return f"{type(error).__name__}: {lines[0].strip().rstrip(':.')}"

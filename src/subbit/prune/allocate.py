@@ -33,7 +33,9 @@ def allocate(
     """
     n, m = nm
     if allocation not in ALLOCATIONS:
-        raise RecipeError(f"unknown coarse.allocation '{allocation}'{nearest(allocation, ALLOCATIONS)}")
+        raise RecipeError(
+            f"unknown coarse.allocation '{allocation}'{nearest(allocation, ALLOCATIONS)}"
+        )
     if allocation == "uniform":
         return [n] * len(sizes)
     count = len(similarities)

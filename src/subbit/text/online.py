@@ -49,7 +49,7 @@ class HubText:
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise CalibrationError(
-                f"the hub cannot be reached for '{source}' ({self.repo}: {reason}); set SUBBIT_DATA "
-                "to a folder that holds the text, give a .txt or .jsonl file, or use 'stdlib', "
-                "which needs no download"
+                f"the hub cannot be reached for '{source}' ({self.repo}: {reason}); set "
+                "SUBBIT_DATA to a folder that holds the text, give a .txt or .jsonl file, or use "
+                "'stdlib', which needs no download"
             ) from error

@@ -159,7 +159,7 @@ def make_windows(
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hub id of `tokenizer`, or the name of its folder without the path, or its class."""
+    """Return the hub id of `tokenizer`, or its folder's name without the path, or its class."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     return Path(name).name if Path(name).exists() else name
 

@@ -1,0 +1,1 @@
+"""Tables and figures: ours beside the papers', every number from a cell that anyone can re-run."""

@@ -1,0 +1,140 @@
+"""A cell of a study: one model, one recipe, compressed, written, loaded again and measured."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subbit.compression import compress
+from subbit.evaluate.perplexity import perplexity
+from subbit.hub.inspect import inspect_folder
+from subbit.hub.load import load, load_tokenizer
+from subbit.model.load import load_model
+from subbit.text import load_text, make_windows
+
+__all__ = ["Cell", "Protocol", "run_cell"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every cell of a study is calibrated and measured.
+
+    Attributes:
+        calibration: text source.
+        nsamples, seqlen: calibration windows.
+        windows: evaluation windows of `seqlen` tokens a data set, the first ones.
+        c4_from: C4 is measured on the calibration stream from this token on (held out), as in
+            the reference figures; must lie behind the calibration windows.
+    """
+
+    calibration: str = "c4"
+    nsamples: int = 32
+    seqlen: int = 2048
+    windows: int = 40
+    c4_from: int = 200_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table.
+
+    Attributes:
+        name: file name of the cell's record.
+        recipe: recipe name, or None for the original model.
+        overrides: changes to the recipe, as on the command line.
+    """
+
+    name: str
+    recipe: str | None
+    overrides: list[str] = field(default_factory=list)
+
+
+def run_cell(
+    cell: Cell, model: str, protocol: Protocol, folder: Path, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Return the cell's record, from `folder` where it is there already.
+
+    The packed model is written to disk, inspected, loaded from there, measured, and removed; an
+    interrupted compression resumes.
+
+    Args:
+        model: what to compress, as for `compress`.
+        folder: where the records of the study are kept.
+        say: told what happens.
+    """
+    record_path = folder / f"{cell.name}.json"
+    settings = {"model": Path(model).name, "cell": asdict(cell), "protocol": asdict(protocol)}
+    if record_path.exists():
+        record = json.loads(record_path.read_text())
+        if {key: record.get(key) for key in settings} == settings:
+            say(f"{cell.name}: already measured")
+            return record
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{cell.name}: {cell.recipe or 'original'} {' '.join(cell.overrides)}")
+    record = settings | {"environment": _environment()}
+    if cell.recipe is None:
+        loaded = load_model(model)
+        network, tokenizer = loaded.model, loaded.tokenizer
+    else:
+        packed = folder / f"{cell.name}.model"
+        if not packed.exists():
+            done = compress(
+                model,
+                cell.recipe,
+                protocol.calibration,
+                out=packed,
+                nsamples=protocol.nsamples,
+                seqlen=protocol.seqlen,
+                overrides=cell.overrides,
+            )
+            # the report of the run also stands in the folder's log, for a study cut off here
+            del done
+        record["run"] = _run_report(packed)
+        facts = inspect_folder(packed)
+        record |= {"total": facts["total"], "calibration": facts["calibration"]}
+        network, tokenizer = load(packed, keep_dense=True), load_tokenizer(packed)
+    for name in ("wikitext2", "c4"):
+        begun = time.monotonic()
+        record[name] = _measure(name, network, tokenizer, protocol)
+        record[name]["seconds"] = round(time.monotonic() - begun, 1)
+        say(f"{cell.name}: {name} {record[name]['perplexity']:.2f}")
+    record_path.with_suffix(".tmp").write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(record_path.with_suffix(".tmp"), record_path)
+    if cell.recipe is not None:
+        shutil.rmtree(folder / f"{cell.name}.model")
+    return record
+
+
+def _measure(name: str, network: Any, tokenizer: Any, protocol: Protocol) -> dict[str, Any]:
+    held_out = name == "c4"
+    text = load_text(name, "calibration" if held_out else "evaluation")
+    windows = make_windows(
+        text,
+        tokenizer,
+        nsamples=protocol.windows,
+        seqlen=protocol.seqlen,
+        skip_tokens=protocol.c4_from if held_out else 0,
+    )
+    return perplexity(network, windows).to_dict()
+
+
+def _run_report(packed: Path) -> dict[str, Any]:
+    return json.loads((packed / "compression.jsonl").read_text().splitlines()[-1])["run"]
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("subbit", "torch", "transformers", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in packages},
+    }

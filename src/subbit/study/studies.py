@@ -1,0 +1,58 @@
+"""The studies: which cells make which table, and how they are measured."""
+
+from dataclasses import dataclass
+
+from subbit.errors import RecipeError, nearest
+from subbit.study.cells import Cell, Protocol
+
+__all__ = ["STUDIES", "Study", "study"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table.
+
+    Attributes:
+        title: what it shows.
+        protocol: how every cell is calibrated and measured.
+        cells: its rows.
+    """
+
+    title: str
+    protocol: Protocol
+    cells: list[Cell]
+
+
+STUDIES: dict[str, Study] = {
+    "pbs2p": Study(
+        "PBS2P at three N:M (paper, Table 1), 32 x 2048 calibration tokens",
+        Protocol(),
+        [Cell("original", None), *(Cell(f"pbs2p-{n}-8", f"pbs2p-{n}-8") for n in (6, 5, 4))],
+    ),
+    "pbs2p-parts": Study(
+        "What each part of PBS2P is worth at 6:8 (paper, Table 4), 8 x 2048 calibration tokens",
+        Protocol(nsamples=8, windows=10),
+        [
+            Cell("pbs2p", "pbs2p-6-8"),
+            Cell("no-spbo", "pbs2p-6-8", ["spbo=false"]),
+            Cell("metric-magnitude", "pbs2p-6-8", ["fine_metric=magnitude"]),
+            Cell("metric-random", "pbs2p-6-8", ["fine_metric=random"]),
+            Cell("metric-wanda", "pbs2p-6-8", ["fine_metric=wanda"]),
+            Cell("metric-si", "pbs2p-6-8", ["fine_metric=si"]),
+            Cell("coarse-uniform", "pbs2p-6-8", ["coarse.allocation=uniform"]),
+            Cell("mu-as-printed", "pbs2p-6-8", ["mask_aware=false"]),
+            Cell("exact-compensation", "pbs2p-6-8", ["compensation=exact"]),
+        ],
+    ),
+}
+
+
+def study(name: str) -> Study:
+    """A study by name.
+
+    Raises:
+        RecipeError: no such study.
+    """
+    if name not in STUDIES:
+        raise RecipeError(f"unknown study '{name}'{nearest(name, STUDIES)}")
+    return STUDIES[name]

@@ -1,0 +1,243 @@
+"""The main job, end to end, on tiny models of every family."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import subbit
+from subbit.errors import (
+    CalibrationError,
+    CheckpointError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+)
+from subbit.hub.inspect import inspect_folder
+from subbit.hub.quantizer import packed_modules
+from tiny_models import FAMILIES, REFUSED, tiny_model, tiny_tokenizer
+
+SMALL = ["calibration.nsamples=3", "calibration.seqlen=24"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    words = "the quick brown fox jumps over a lazy dog while seven wizards box with gin and tea "
+    path.write_text("".join(words[i % 17 :] + "\n" for i in range(40)))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_model("llama_gqa" if "llama_gqa" in FAMILIES else FAMILIES[0])
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def compress(model, text, recipe="pbs2p-4-8", **kwargs):
+    kwargs.setdefault("progress", False)
+    overrides = [*SMALL, *kwargs.pop("overrides", [])]
+    return subbit.compress(model, recipe, text, overrides=overrides, **kwargs)
+
+
+def logits(model):
+    ids = torch.arange(3, 23).view(2, 10)
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def weights_of(path: Path) -> dict[str, bytes]:
+    """Every file of a packed folder but the log, which holds times."""
+    return {f.name: f.read_bytes() for f in path.iterdir() if f.name != "compression.jsonl"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_compressed_saved_and_loaded_bit_for_bit(family, text, tmp_path):
+    model = tiny_model(family).float()
+    dense = logits(model)
+    result = compress(model, text, tokenizer=tiny_tokenizer())
+    in_memory = logits(result.model)
+    assert not torch.equal(dense, in_memory)
+    result.save_pretrained(tmp_path / "packed")
+    loaded = subbit.load(tmp_path / "packed")
+    assert torch.equal(logits(loaded), in_memory)
+    names = set(packed_modules(loaded))
+    assert names == set(result.records) and len(names) >= 3 * 4
+    left = [n for n, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert all("lm_head" in name or "embed_out" in name for name in left)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_with_weights_that_would_be_skipped_are_refused(family, text):
+    with pytest.raises(ModelError, match=r"skip"):
+        compress(tiny_model(family), text, tokenizer=tiny_tokenizer())
+
+
+def test_the_report_is_what_the_file_holds(folder, text, tmp_path):
+    result = compress(folder, text, out=tmp_path / "packed")
+    facts = inspect_folder(tmp_path / "packed")
+    total = facts["total"]
+    files = sum(f.stat().st_size for f in (tmp_path / "packed").glob("*.safetensors"))
+    assert total["file_bytes"] == files
+    assert total["stored_bits"] == pytest.approx(result.report["stored_bits"])
+    assert total["paper_bits"] == pytest.approx(result.report["paper_bits"])
+    assert total["paper_bits"] < 1.1 < 2 < total["stored_bits"]
+    kept = [linear["nm"][0] for linear in facts["linears"]]
+    assert set(kept) == {3, 4, 5}  # three blocks, one rank each
+    assert result.report["mean_kept"] <= 4
+    lines = [
+        json.loads(x) for x in (tmp_path / "packed/compression.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert len(lines) == len(facts["linears"]) + 1
+    assert {"name", "loss", "damping", "seconds", "stored_bits", "paper_bits"} <= set(lines[0])
+    assert not (tmp_path / "packed.partial").exists()
+
+
+def test_each_block_is_calibrated_on_the_compressed_blocks_before_it(text):
+    def second_block_loss(overrides):
+        model = tiny_model(FAMILIES[0]).float()
+        done = compress(
+            model,
+            text,
+            tokenizer=tiny_tokenizer(),
+            overrides=["coarse.allocation=uniform", *overrides],
+        )
+        return done.records
+
+    whole = second_block_loss([])
+    first_left_alone = second_block_loss(['skip=["*layers.0.*", "lm_head"]'])
+    shared = sorted(set(whole) & set(first_left_alone))
+    assert shared and not any(".0." in name for name in first_left_alone)
+    assert whole[shared[0]]["loss"] != first_left_alone[shared[0]]["loss"]
+
+
+def test_two_runs_write_the_same_bytes(folder, text, tmp_path):
+    rng = torch.get_rng_state()
+    for name in ("a", "b"):
+        compress(folder, text, out=tmp_path / name)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
+_CUT = """
+import os, signal, sys
+from subbit.run import commits
+import subbit
+committed = commits.Workdir.commit
+def commit(self, index, tensors, meta):
+    committed(self, index, tensors, meta)
+    if index == 1:
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+commits.Workdir.commit = commit
+subbit.compress(sys.argv[1], "pbs2p-4-8", sys.argv[2], out=sys.argv[3], overrides=sys.argv[5:],
+                progress=False)
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_resumes_to_the_same_bytes(how, folder, text, tmp_path):
+    compress(folder, text, out=tmp_path / "whole")
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    cut = subprocess.run(
+        [sys.executable, "-c", _CUT, str(folder), text, str(tmp_path / "cut"), how, *SMALL],
+        env=env,
+        capture_output=True,
+        check=False,
+    )
+    assert cut.returncode != 0
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial").is_dir()
+    with pytest.raises(CheckpointError, match="nm"):
+        compress(folder, text, recipe="pbs2p-6-8", out=tmp_path / "cut")
+    with pytest.raises(CheckpointError, match="tau"):
+        compress(folder, text, out=tmp_path / "cut", overrides=["tau=3"])
+    with pytest.raises(CheckpointError, match="calibration"):
+        compress(folder, text, out=tmp_path / "cut", nsamples=2)
+    result = compress(folder, text, out=tmp_path / "cut", resume="required")
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    assert len(result.log) == len(result.records)
+    assert torch.equal(logits(result.model), logits(subbit.load(tmp_path / "cut")))
+
+
+def test_a_changed_model_does_not_resume(folder, text, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    args = [sys.executable, "-c", _CUT, str(folder), text, str(tmp_path / "cut"), "SIGKILL", *SMALL]
+    subprocess.run(args, env=env, capture_output=True, check=False)
+    tiny_model(FAMILIES[0], seed=5).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="model"):
+        compress(folder, text, out=tmp_path / "cut")
+    compress(folder, text, out=tmp_path / "cut", resume="never")
+    assert (tmp_path / "cut").is_dir()
+
+
+def test_bad_input_ends_early_and_leaves_nothing(folder, text, tmp_path):
+    out = tmp_path / "packed"
+
+    def refused(error, words, model=folder, **kwargs):
+        with pytest.raises(error, match=words):
+            compress(model, kwargs.pop("text", text), out=kwargs.pop("out", out), **kwargs)
+        assert not out.exists() and not list(tmp_path.glob("packed.partial/block*"))
+
+    refused(ModelError, "no-such-folder", model=tmp_path / "no-such-folder")
+    refused(RecipeError, "pbs2p-6-8", recipe="pbs2p-6-9")
+    refused(RecipeError, "9:8", overrides=["nm=9:8"])
+    refused(RecipeError, "blocksize", overrides=["blocksize=60"])
+    refused(RecipeError, "did you mean 'tau'", overrides=["tua=3"])
+    refused(RecipeError, "gpu", device="gpu")
+    refused(CalibrationError, "tokens", overrides=["calibration.nsamples=100000"])
+    refused(CalibrationError, "prose2", text=str(tmp_path / "prose2.txt"))
+    (tmp_path / "taken").mkdir()
+    refused(OutputError, "exists", out=tmp_path / "taken")
+    refused(OutputError, "does not exist", out=tmp_path / "nowhere/packed")
+    refused(CheckpointError, "no unfinished run", resume="required")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    refused(ModelError, "model.safetensors")
+    weights.write_bytes(whole)
+    model = tiny_model(FAMILIES[0])
+    name, parameter = next(
+        (n, p) for n, p in model.named_parameters() if "up_proj" in n or p.ndim == 2
+    )
+    with torch.no_grad():
+        parameter[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=name):
+        compress(model, text, tokenizer=tiny_tokenizer(), out=out)
+    with pytest.raises(RecipeError, match="tokenizer"):
+        compress(tiny_model(FAMILIES[0]), text)
+
+
+def test_a_width_that_is_no_multiple_of_eight_keeps_the_rule(text, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=60, intermediate_size=91, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=14, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    result = compress(
+        model, text, tokenizer=tiny_tokenizer(), overrides=["coarse.allocation=uniform"]
+    )
+    for name, module in packed_modules(result.model).items():
+        nonzero = module.compressed().codes != 0
+        for start in range(0, nonzero.shape[1], 8):
+            group = nonzero[:, start : start + 8]
+            assert (group.sum(1) == min(4, group.shape[1])).all(), name
+    result.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(subbit.load(tmp_path / "packed")), logits(result.model))
+
+
+def test_the_report_times_every_stage(folder, text, tmp_path):
+    begun = time.monotonic()
+    seconds = compress(folder, text, out=tmp_path / "packed").report["seconds"]
+    assert seconds["total"] <= time.monotonic() - begun
+    assert {"coarse", "capture", "compress", "propagate", "commit"} <= set(seconds)
