@@ -10,6 +10,7 @@ from subbit.methods.dsnot import DSnoT
 from subbit.methods.gptq import GPTQ
 from subbit.methods.magnitude import Magnitude
 from subbit.methods.pbs2p import PBS2P
+from subbit.methods.pbs2p_plus import PBS2PPlus
 from subbit.methods.random_mask import RandomMask
 from subbit.methods.rtn import RTN
 from subbit.methods.sparsegpt import SparseGPT
@@ -22,7 +23,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         *(RTN, GPTQ, AWQ),
         *(RandomMask, Magnitude, Wanda, SparseGPT, DSnoT, ALPS),
-        PBS2P,
+        *(PBS2P, PBS2PPlus),
     )
 }
 
