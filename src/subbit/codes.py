@@ -30,6 +30,10 @@ def _residual(params: Tensor, groups: int) -> Tensor:
     return torch.stack((low - alpha2, high - alpha2, low + alpha2, high + alpha2), -1).flatten(-2)
 
 
+def _symmetric_residual(params: Tensor, groups: int) -> Tensor:
+    return _residual(torch.nn.functional.pad(params, (0, groups)), groups)
+
+
 def _free(params: Tensor, groups: int) -> Tensor:
     return params
 
@@ -61,6 +65,8 @@ LEVEL_KINDS: dict[str, LevelKind] = {
     # mu_g -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1.., mu_1..);
     # index = sign1 + 2 * sign2 + 4 * group
     "residual": LevelKind(3, 4, (2, 2), _residual),
+    # -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1..); index as in "residual"
+    "symmetric_residual": LevelKind(2, 4, (2, 2), _symmetric_residual),
     # any values; `groups` = number of levels; index = level
     "free": LevelKind(1, 1, (), _free),
 }

@@ -3,12 +3,18 @@
 from typing import Any
 
 from subbit.errors import RecipeError, nearest
+from subbit.methods.arb import ARB
 from subbit.methods.base import LinearStats, Method, Options, Settings
+from subbit.methods.billm import BiLLM
 from subbit.methods.pbs2p import PBS2P
+from subbit.methods.stbllm import STBLLM
+from subbit.methods.xnor import XNOR
 
 __all__ = ["METHODS", "LinearStats", "Method", "Options", "Settings", "list_methods", "make_method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PBS2P,)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (XNOR, BiLLM, ARB, STBLLM, PBS2P)
+}
 
 
 def make_method(

@@ -1,0 +1,50 @@
+"""Plain binarisation of every row, or of every group of a row's columns (XNOR-Net's weights)."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from subbit.binarize.groups import Groups
+from subbit.binarize.spbo import binarize_part
+from subbit.codes import CompressedLinear
+from subbit.methods.assemble import assemble, code_block
+from subbit.methods.base import LinearStats, Method, Options
+
+__all__ = ["XNOR", "XNOROptions"]
+
+
+class XNOROptions(Options):
+    """Options of plain binarisation.
+
+    `group_size`: columns that share a scale, None = the whole row; `mean`: subtract the mean of
+    these weights first, and store it.
+    """
+
+    group_size: int | None = Field(128, ge=1)
+    mean: bool = False
+
+
+class XNOR(Method):
+    """`alpha sign(w)` with alpha the mean of |w|: least squares without calibration."""
+
+    name = "xnor"
+    paper = "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks"
+    year = 2016
+    summary = "sign and mean magnitude of every row or group; needs no calibration"
+    Opt = XNOROptions
+    options: XNOROptions
+
+    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+        o = self.options
+        size = min(o.group_size or W.shape[1], W.shape[1])
+        blocks = []
+        for block in W.split(size, 1):
+            none = torch.zeros_like(block[0], dtype=torch.bool)
+            groups = Groups(none, torch.zeros_like(block, dtype=torch.uint8), 1)
+            parts = [
+                binarize_part(block[:, columns], groups.supports(salient), planes, means=o.mean)
+                for columns, salient, planes in ((~none, False, 1), (none, True, 2))
+            ]
+            keep = torch.ones_like(block, dtype=torch.bool)
+            blocks.append(code_block(groups, keep, *parts, mean=o.mean))
+        return assemble(blocks, size, None, {"damping": None})
