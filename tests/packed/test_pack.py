@@ -6,17 +6,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_examples import NM, TABLES, linears, make_linear
 
-from subbit.codes import CompressedLinear, LevelTable
+from subbit.codes import Compressed, CompressedLinear, LevelTable, SparseLinear
 from subbit.errors import FormatError
-from subbit.packed import FORMAT_VERSION, Layout, pack, unpack
+from subbit.packed import FORMAT_VERSION, AnyLayout, pack, read_layout, unpack
 from subbit.packed.pack import slice_rows
 
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-def assert_same(found: CompressedLinear, expected: CompressedLinear) -> None:
+def assert_same(found: Compressed, expected: Compressed) -> None:
+    assert type(found) is type(expected)
+    assert (found.nm, found.structured) == (expected.nm, expected.structured)
+    assert torch.equal(found.kept, expected.kept)
+    if isinstance(found, SparseLinear):
+        assert found.values.dtype == expected.values.dtype
+        assert torch.equal(found.values, expected.values)
+        return
     assert torch.equal(found.codes, expected.codes)
-    assert (found.nm, found.group_size) == (expected.nm, expected.group_size)
+    assert found.group_size == expected.group_size
+    assert found.salient_group_size == expected.salient_group_size
+    assert (found.column_scale is None) == (expected.column_scale is None)
+    if found.column_scale is not None:
+        assert torch.equal(found.column_scale, expected.column_scale)
     for name in ("levels", "salient_levels"):
         mine, other = getattr(found, name), getattr(expected, name)
         assert (mine is None) == (other is None)
@@ -28,14 +39,14 @@ def assert_same(found: CompressedLinear, expected: CompressedLinear) -> None:
         assert torch.equal(found.salient, expected.salient)
 
 
-def assert_round_trip(linear: CompressedLinear) -> None:
+def assert_round_trip(linear: Compressed) -> None:
     layout, tensors = pack(linear)
     table = layout.fields()
     assert list(tensors) == list(table)
     for name, tensor in tensors.items():
         assert (tuple(tensor.shape), tensor.dtype) == table[name]
     assert layout.nbytes == sum(tensor.nbytes for tensor in tensors.values())
-    found = unpack(Layout.from_dict(layout.to_dict()), tensors)
+    found = unpack(read_layout(layout.to_dict()), tensors)
     assert_same(found, linear)
     assert torch.equal(found.dequantize(), linear.dequantize())
 
@@ -109,7 +120,7 @@ def test_golden_bytes_without_nm():
     assert bytes(tensors["code"][0].tolist()) == bytes([0x9C, 0x02])
 
 
-def _random_bytes(layout: Layout, seed: int) -> dict[str, torch.Tensor]:
+def _random_bytes(layout: AnyLayout, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, field in layout.fields().items():
@@ -118,7 +129,7 @@ def _random_bytes(layout: Layout, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_valid_or_refused(layout: Layout, tensors: dict[str, torch.Tensor]) -> bool:
+def assert_valid_or_refused(layout: AnyLayout, tensors: dict[str, torch.Tensor]) -> bool:
     try:
         found = unpack(layout, tensors)
     except FormatError as error:

@@ -27,14 +27,16 @@ class CodedBlock:
     Attributes:
         codes: uint8 `(rows, b)`.
         levels: its ordinary levels, parameters `(rows, 1, P)`.
-        salient: bool `(b,)` or None.
+        salient: bool `(b,)` for columns, `(rows, b)` for single weights, or None.
         salient_levels: parameters `(rows, 1, Ps)`, or None.
+        column_scale: float16 `(b,)`, or None.
     """
 
     codes: Tensor
     levels: LevelTable
     salient: Tensor | None = None
     salient_levels: LevelTable | None = None
+    column_scale: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weights that the block means, float32 `(rows, b)`."""
@@ -47,9 +49,10 @@ def assemble(
     nm: tuple[int, int] | None,
     record: dict[str, Any],
     *,
+    structured: bool = False,
     dtype: torch.dtype | None = torch.float16,
 ) -> CompressedLinear:
-    """Join blocks, left to right; salient levels are dropped where no column is salient.
+    """Join blocks, left to right; salient levels are dropped where nothing is salient.
 
     The parameters are rounded to `dtype`, None = not at all; only float16 can be packed.
     """
@@ -62,12 +65,14 @@ def assemble(
         nm=nm,
         salient=salient if some else None,
         salient_levels=_tables([b.salient_levels for b in blocks], dtype) if some else None,
+        structured=structured,
+        column_scale=_join([block.column_scale for block in blocks]),
         record=record,
     )
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat([p for p in parts if p is not None])
+    return None if parts[0] is None else torch.cat([p for p in parts if p is not None], -1)
 
 
 def _tables(tables: list[LevelTable | None], dtype: torch.dtype | None) -> LevelTable | None:

@@ -20,7 +20,7 @@ class Scorer:
         metric: one of `METRICS`.
         W: the original weight `(rows, cols)`.
         H: its Gram matrix `(cols, cols)`, undamped.
-        factor: the factorisation of H.
+        factor: the factorisation of H; only the Hessian metric needs it.
         hessian_score: which reading of "[H^-1]_qq" the Hessian metric takes: "cholesky"
             (`w^2 / U_qq^2`, SparseGPT's and BiLLM's), "printed" (`w^2 / [H^-1]_qq^2`, PBS2P 3.3
             to the letter), or "obs" (`w^2 / 2 [H^-1]_qq`, PBS2P Theorem 3.1).
@@ -35,7 +35,7 @@ class Scorer:
         metric: str,
         W: Tensor,
         H: Tensor,
-        factor: Factor,
+        factor: Factor | None = None,
         *,
         hessian_score: str = "cholesky",
         seed: int = 0,
@@ -46,6 +46,8 @@ class Scorer:
         self.metric = metric
         self._input_norm = H.diagonal().clamp_min(0).sqrt()
         if metric == "hessian":
+            if factor is None:
+                raise ValueError("the hessian metric needs the factorisation of H.")
             self._denominator = _hessian_denominator(factor.U, hessian_score)
         elif metric == "si":
             self._whole = standardized_importance(W, self._input_norm)
@@ -55,13 +57,17 @@ class Scorer:
 
     def __call__(self, block: BlockView) -> Tensor:
         """Score one block's (compensated) weights; float32 `(rows, b)`."""
-        columns = slice(block.start, block.stop)
+        return self.score(block.W, block.start)
+
+    def score(self, W: Tensor, start: int = 0) -> Tensor:
+        """Score weights `(rows, b)` that stand in the columns from `start` on; float32 alike."""
+        columns = slice(start, start + W.shape[1])
         if self.metric == "hessian":
-            return block.W.square() / self._denominator[columns]
+            return W.square() / self._denominator[columns]
         if self.metric == "wanda":
-            return block.W.abs() * self._input_norm[columns]
+            return W.abs() * self._input_norm[columns]
         if self.metric == "magnitude":
-            return block.W.abs()
+            return W.abs()
         return self._whole[:, columns]
 
 
