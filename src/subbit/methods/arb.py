@@ -7,8 +7,10 @@ from pydantic import Field
 from torch import Tensor
 
 from subbit.binarize.arb import refine
+from subbit.binarize.row_column import fit_row_column
 from subbit.binarize.spbo import Part, alternate, binarize_part
 from subbit.linalg import BlockView
+from subbit.methods.assemble import FittedPart
 from subbit.methods.grouped import GroupedMethod, GroupedOptions
 
 __all__ = ["ARB", "ARBOptions"]
@@ -45,8 +47,14 @@ class ARB(GroupedMethod):
     def split_salient(self) -> bool:
         return self.options.cgb
 
-    def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> Part:
+    @property
+    def mean(self) -> bool:
+        return self.options.variant != "arb-rc"
+
+    def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> FittedPart:
         o, W = self.options, block.W[:, columns]
+        if o.variant == "arb-rc":
+            return fit_row_column(W, support, planes, o.iterations)
         means = planes if o.published else 1
         part = refine(W, binarize_part(W, support, planes, means=means), o.iterations)
         return part if o.variant == "arb" else _refine_on_inputs(W, block.S, columns, part, o)

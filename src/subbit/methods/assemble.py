@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from subbit.binarize.groups import Groups
+from subbit.binarize.row_column import RowColumnPart
 from subbit.binarize.spbo import Part
 from subbit.codes import CompressedLinear, LevelTable
 
-__all__ = ["CodedBlock", "assemble", "code_block"]
+__all__ = ["CodedBlock", "FittedPart", "assemble", "code_block"]
+
+FittedPart = Part | RowColumnPart
+"""The groups of some columns, stacked."""
 
 _KINDS = {  # by planes and whether there is a mean
     (1, True): "pairs",
@@ -29,7 +33,7 @@ class CodedBlock:
         levels: its ordinary levels, parameters `(rows, 1, P)`.
         salient: bool `(b,)` for columns, `(rows, b)` for single weights, or None.
         salient_levels: parameters `(rows, 1, Ps)`, or None.
-        column_scale: float16 `(b,)`, or None.
+        column_scale: `(b,)` or `(S, b)` as in `CompressedLinear`, or None.
     """
 
     codes: Tensor
@@ -58,6 +62,7 @@ def assemble(
     """
     salient = _join([block.salient for block in blocks])
     some = salient is not None and bool(salient.any())
+    scale = _join([block.column_scale for block in blocks])
     return CompressedLinear(
         codes=torch.cat([block.codes for block in blocks], 1),
         levels=_tables([block.levels for block in blocks], dtype),
@@ -66,7 +71,7 @@ def assemble(
         salient=salient if some else None,
         salient_levels=_tables([b.salient_levels for b in blocks], dtype) if some else None,
         structured=structured,
-        column_scale=_join([block.column_scale for block in blocks]),
+        column_scale=scale if scale is None or dtype is None else scale.to(dtype),
         record=record,
     )
 
@@ -86,8 +91,8 @@ def _tables(tables: list[LevelTable | None], dtype: torch.dtype | None) -> Level
 def code_block(
     groups: Groups,
     keep: Tensor,
-    ordinary: Part,
-    salient: Part,
+    ordinary: FittedPart,
+    salient: FittedPart,
     *,
     mean: bool = True,
     dtype: torch.dtype = torch.float16,
@@ -99,7 +104,7 @@ def code_block(
         keep: bool `(rows, b)`: what pruning leaves.
         ordinary: the groups of the ordinary columns, stacked, one plane each.
         salient: the groups of the salient columns, stacked, two planes each.
-        mean: whether the levels have a mean; without it, the parts' must be 0.
+        mean: whether the levels have a mean; without it, the parts' must be 0 or lacking.
         dtype: of the parameters: float16 for the rest of the weight to make up for their rounding
             too, float32 for it to see them as they were fitted.
     """
@@ -112,10 +117,11 @@ def code_block(
         levels=_levels(ordinary, mean, dtype),
         salient=groups.salient,
         salient_levels=_levels(salient, mean, dtype),
+        column_scale=_column_scale(groups, ordinary, salient, dtype),
     )
 
 
-def _codes(part: Part, labels: Tensor) -> Tensor:
+def _codes(part: FittedPart, labels: Tensor) -> Tensor:
     """1 + level index of every weight, uint8 `(rows, k)`; signs first, then the group label."""
     signs = (part.signs.sum(0) > 0).to(torch.uint8)  # a weight is in one group only
     codes, scale = 1 + signs[:, 0], 2
@@ -124,10 +130,27 @@ def _codes(part: Part, labels: Tensor) -> Tensor:
     return codes + scale * labels
 
 
-def _levels(part: Part, mean: bool, dtype: torch.dtype) -> LevelTable:
+def _levels(part: FittedPart, mean: bool, dtype: torch.dtype) -> LevelTable:
     """Stored parameters: first all alphas of the first plane, then of the second, then the mus."""
-    planes = part.signs.shape[-2]
-    params = part.params.permute(1, 2, 0)  # (rows, mu and alphas, groups)
-    params = torch.cat((params[:, 1:], params[:, :1]), 1) if mean else params[:, 1:]
-    params = params.flatten(1).to(dtype).unsqueeze(1)
-    return LevelTable(_KINDS[planes, mean], part.params.shape[0], params)
+    groups, _, planes, _ = part.signs.shape
+    if isinstance(part, RowColumnPart):
+        params = part.row_scales
+    elif mean:
+        params = torch.cat((part.params[..., 1:], part.params[..., :1]), -1)
+    else:
+        params = part.params[..., 1:]
+    params = params.permute(1, 2, 0).flatten(1).to(dtype).unsqueeze(1)
+    return LevelTable(_KINDS[planes, mean], groups, params)
+
+
+def _column_scale(
+    groups: Groups, ordinary: FittedPart, salient: FittedPart, dtype: torch.dtype
+) -> Tensor | None:
+    """Factors of the parameters in the order of `_levels`, `(S, b)`; 1 where there are fewer."""
+    if not isinstance(ordinary, RowColumnPart) or not isinstance(salient, RowColumnPart):
+        return None
+    parts = [part.column_scales.transpose(0, 1).flatten(0, 1) for part in (ordinary, salient)]
+    scale = parts[0].new_ones(max(map(len, parts)), len(groups.salient))
+    scale[: len(parts[0]), ~groups.salient] = parts[0]
+    scale[: len(parts[1]), groups.salient] = parts[1]
+    return scale.to(dtype)

@@ -9,10 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from subbit.binarize.groups import Groups, Split, group_scores, group_weights
-from subbit.binarize.spbo import Part
 from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, assemble, code_block
+from subbit.methods.assemble import CodedBlock, FittedPart, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import METRICS, Scorer, keep_mask
 
@@ -45,6 +44,7 @@ class GroupedMethod(Method):
     published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
     published_planes_rest: ClassVar[int] = 1
     mean: ClassVar[bool] = True
+    nm_use = "optional"
     level_dtype: ClassVar[torch.dtype] = torch.float16
 
     @property
@@ -61,15 +61,17 @@ class GroupedMethod(Method):
     split_salient: ClassVar[bool] = False
 
     @abstractmethod
-    def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> Part:
+    def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> FittedPart:
         """Binarise columns (bool `(b,)`) in groups; `support`: bool `(groups, rows, k)`."""
 
-    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def _compress(
+        self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
+    ) -> CompressedLinear:
         factor = factorize(stats.H, self.settings.percdamp)
         record = damping_record(factor)
         size = self.settings.blocksize
         scorer = self._scorer(W, factor, stats)
-        when = None if nm[0] == nm[1] else "before" if self.options.published else self.pruning
+        when = None if nm is None else "before" if self.options.published else self.pruning
         mask = torch.ones_like(W, dtype=torch.bool)
         if when == "before":
             mask = keep_mask(scorer(_whole(W, factor)), nm)
@@ -93,7 +95,7 @@ class GroupedMethod(Method):
     def _compress_block(self, block: BlockView, keep: Tensor) -> CodedBlock:
         groups = self._groups(block, keep)
 
-        def fit(columns: Tensor, salient: bool) -> Part:
+        def fit(columns: Tensor, salient: bool) -> FittedPart:
             support = groups.supports(salient) & keep[:, columns]
             return self._fit(block, columns, support, 2 if salient else 1)
 

@@ -31,10 +31,13 @@ class XNOR(Method):
     paper = "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks"
     year = 2016
     summary = "sign and mean magnitude of every row or group; needs no calibration"
+    nm_use = "none"
     Opt = XNOROptions
     options: XNOROptions
 
-    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def _compress(
+        self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
+    ) -> CompressedLinear:
         o = self.options
         size = min(o.group_size or W.shape[1], W.shape[1])
         blocks = []
@@ -47,4 +50,4 @@ class XNOR(Method):
             ]
             keep = torch.ones_like(block, dtype=torch.bool)
             blocks.append(code_block(groups, keep, *parts, mean=o.mean))
-        return assemble(blocks, size, None, {"damping": None})
+        return assemble(blocks, size, None, {})
