@@ -36,16 +36,22 @@ class GroupedOptions(Options):
 class GroupedMethod(Method):
     """A method that binarises salient columns in two planes and the other columns in groups.
 
-    A subclass says how a part is fitted (`_fit`), when its N:M mask is chosen (`pruning`), and
-    which split points it searches.
+    A subclass says how a part is fitted (`_fit`) and whether its levels have a mean, which metric
+    chooses its N:M mask and when, and which split points it searches.
     """
 
     options: GroupedOptions
+    nm_use = "optional"
+    level_dtype: ClassVar[torch.dtype] = torch.float16
     published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
     published_planes_rest: ClassVar[int] = 1
     mean: ClassVar[bool] = True
-    nm_use = "optional"
-    level_dtype: ClassVar[torch.dtype] = torch.float16
+    split_salient: ClassVar[bool] = False
+
+    @property
+    def metric(self) -> str:
+        """What chooses the pruned weights."""
+        return self.options.fine_metric
 
     @property
     def pruning(self) -> Pruning:
@@ -57,8 +63,6 @@ class GroupedMethod(Method):
         """The split points of the ordinary weights."""
         o = self.options
         return Split(1, self.published_grid if o.published else o.split_grid)
-
-    split_salient: ClassVar[bool] = False
 
     @abstractmethod
     def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> FittedPart:
@@ -74,7 +78,7 @@ class GroupedMethod(Method):
         when = None if nm is None else "before" if self.options.published else self.pruning
         mask = torch.ones_like(W, dtype=torch.bool)
         if when == "before":
-            mask = keep_mask(scorer(_whole(W, factor)), nm)
+            mask = keep_mask(scorer.score(W), nm)
             W = W * mask
             if self.options.published:
                 mask, nm = torch.ones_like(mask), None
@@ -88,7 +92,7 @@ class GroupedMethod(Method):
         result = assemble(blocks, size, nm, record, dtype=self.level_dtype)
         if when == "after":
             W_hat = result.dequantize()
-            keep = keep_mask(self._scorer(W_hat, factor, stats)(_whole(W_hat, factor)), nm)
+            keep = keep_mask(self._scorer(W_hat, factor, stats).score(W_hat), nm)
             result = replace(result, codes=result.codes * keep)
         return result
 
@@ -127,11 +131,5 @@ class GroupedMethod(Method):
         )
 
     def _scorer(self, W: Tensor, factor: Factor, stats: LinearStats) -> Scorer:
-        o = self.options
         seed = self.settings.seed
-        return Scorer(o.fine_metric, W, stats.H, factor, seed=seed, name=stats.name)
-
-
-def _whole(W: Tensor, factor: Factor) -> BlockView:
-    """All columns as one block."""
-    return BlockView(W, factor.U, factor.H, 0, W.shape[1])
+        return Scorer(self.metric, W, stats.H, factor, seed=seed, name=stats.name)

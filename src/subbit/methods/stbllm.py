@@ -45,6 +45,10 @@ class STBLLM(GroupedMethod):
     published_grid = (0.1, 0.9, 160)
 
     @property
+    def metric(self) -> str:
+        return "ria" if self.options.published else self.options.fine_metric
+
+    @property
     def pruning(self) -> Pruning:
         return "inside" if self.options.order == "prune-then-quantise" else "after"
 
