@@ -46,7 +46,7 @@ def select(
 
 def _highest(scores: Tensor, nm: tuple[int, int]) -> Tensor:
     """The highest of every row."""
-    order = scores.argsort(-1, stable=True)
+    order = scores.argsort(dim=-1, stable=True)
     count = scores.shape[-1]
     mask = torch.zeros_like(scores, dtype=torch.bool)
     return mask.scatter_(-1, order[..., count - kept_count(count, nm) :], True)
