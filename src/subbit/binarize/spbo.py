@@ -47,7 +47,7 @@ def binarize_part(W: Tensor, support: Tensor, planes: int, means: int = 1) -> Pa
     """
     count = support.sum(-1).clamp_min(1)
     residual = W * support
-    mu = torch.zeros_like(residual[..., 0])
+    mu = torch.zeros(residual.shape[:-1], dtype=W.dtype, device=W.device)
     signs, params = [], [mu]
     for i in range(planes):
         if i < means:

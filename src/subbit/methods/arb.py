@@ -57,7 +57,9 @@ class ARB(GroupedMethod):
             return fit_row_column(W, support, planes, o.iterations)
         means = planes if o.published else 1
         part = refine(W, binarize_part(W, support, planes, means=means), o.iterations)
-        return part if o.variant == "arb" else _refine_on_inputs(W, block.S, columns, part, o)
+        if o.variant == "arb" or W.shape[1] == 0:
+            return part
+        return _refine_on_inputs(W, block.S, columns, part, o)
 
 
 def _refine_on_inputs(

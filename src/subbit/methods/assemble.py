@@ -11,7 +11,7 @@ from subbit.binarize.row_column import RowColumnPart
 from subbit.binarize.spbo import Part
 from subbit.codes import CompressedLinear, LevelTable
 
-__all__ = ["CodedBlock", "FittedPart", "assemble", "code_block"]
+__all__ = ["CodedBlock", "FittedPart", "assemble", "code_block", "code_part"]
 
 FittedPart = Part | RowColumnPart
 """The groups of some columns, stacked."""
@@ -110,15 +110,22 @@ def code_block(
     """
     codes = torch.zeros_like(keep, dtype=torch.uint8)
     columns = ~groups.salient
-    codes[:, columns] = _codes(ordinary, groups.labels[:, columns])
-    codes[:, ~columns] = _codes(salient, groups.labels[:, ~columns])
+    codes[:, columns], levels = code_part(ordinary, groups.labels[:, columns], mean, dtype)
+    codes[:, ~columns], extra = code_part(salient, groups.labels[:, ~columns], mean, dtype)
     return CodedBlock(
         codes=codes * keep,
-        levels=_levels(ordinary, mean, dtype),
+        levels=levels,
         salient=groups.salient,
-        salient_levels=_levels(salient, mean, dtype),
+        salient_levels=extra,
         column_scale=_column_scale(groups, ordinary, salient, dtype),
     )
+
+
+def code_part(
+    part: FittedPart, labels: Tensor, mean: bool, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, LevelTable]:
+    """Codes uint8 `(rows, k)` and levels of one part; `labels`: the group of every weight."""
+    return _codes(part, labels), _levels(part, mean, dtype)
 
 
 def _codes(part: FittedPart, labels: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from subbit.binarize.groups import Groups
 from subbit.binarize.spbo import binarize_part
 from subbit.codes import CompressedLinear
-from subbit.methods.assemble import assemble, code_block
+from subbit.methods.assemble import CodedBlock, assemble, code_part
 from subbit.methods.base import LinearStats, Method, Options
 
 __all__ = ["XNOR", "XNOROptions"]
@@ -42,12 +41,8 @@ class XNOR(Method):
         size = min(o.group_size or W.shape[1], W.shape[1])
         blocks = []
         for block in W.split(size, 1):
-            none = torch.zeros_like(block[0], dtype=torch.bool)
-            groups = Groups(none, torch.zeros_like(block, dtype=torch.uint8), 1)
-            parts = [
-                binarize_part(block[:, columns], groups.supports(salient), planes, means=o.mean)
-                for columns, salient, planes in ((~none, False, 1), (none, True, 2))
-            ]
-            keep = torch.ones_like(block, dtype=torch.bool)
-            blocks.append(code_block(groups, keep, *parts, mean=o.mean))
+            everything = torch.ones(1, *block.shape, dtype=torch.bool, device=W.device)
+            part = binarize_part(block, everything, 1, means=o.mean)
+            labels = torch.zeros_like(block, dtype=torch.uint8)
+            blocks.append(CodedBlock(*code_part(part, labels, o.mean)))
         return assemble(blocks, size, None, {})
