@@ -41,6 +41,8 @@ class SortedRows:
         """
         n = (hi - lo).clamp_min(1)
         total = self._sums.gather(1, hi) - self._sums.gather(1, lo)
+        if planes == 1 and means == 0:
+            return total.square() / n
         mean = total / n if means > 0 else torch.zeros_like(total)
         cut, spread = self._spread(lo, hi, mean)
         alpha = spread / n
