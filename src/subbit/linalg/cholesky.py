@@ -1,6 +1,7 @@
 """Damping ladder and the upper Cholesky factor of the inverse Hessian."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Factor:
     U: Tensor
     dead: Tensor
     damping: float
+
+    def damped(self) -> Tensor:
+        """H with its damping, `(U^T U)^-1`: what the compensated loss is measured in."""
+        if isfinite(self.damping):
+            ridge = self.damping * float(self.H.diagonal().mean())
+            return self.H + ridge * torch.eye(len(self.H), device=self.H.device)
+        return torch.diag(self.H.diagonal())
 
 
 def factorize(H: Tensor, percdamp: float) -> Factor:

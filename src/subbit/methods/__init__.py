@@ -13,6 +13,7 @@ from subbit.methods.gptq import GPTQ
 from subbit.methods.magnitude import Magnitude
 from subbit.methods.pbllm import PBLLM
 from subbit.methods.pbs2p import PBS2P
+from subbit.methods.pbs2p_plus import PBS2PPlus
 from subbit.methods.random_mask import RandomMask
 from subbit.methods.rtn import RTN
 from subbit.methods.sparsegpt import SparseGPT
@@ -28,7 +29,7 @@ METHODS: dict[str, type[Method]] = {
         *(RTN, GPTQ, AWQ),
         *(RandomMask, Magnitude, Wanda, SparseGPT, DSnoT, ALPS),
         *(XNOR, PBLLM, BiLLM, ARB, STBLLM),
-        PBS2P,
+        *(PBS2P, PBS2PPlus),
     )
 }
 

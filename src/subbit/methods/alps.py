@@ -1,13 +1,10 @@
 """ALPS: one-shot pruning by operator splitting (Meng, Behdin, Wang, Mazumder, 2024)."""
 
-from math import isfinite
-
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from subbit.codes import SparseLinear
-from subbit.linalg import Factor, factorize
+from subbit.linalg import factorize
 from subbit.methods.base import LinearStats, Method, damping_record
 from subbit.methods.pruned import PruningOptions, sparse_linear
 from subbit.prune import select
@@ -50,7 +47,9 @@ class ALPS(Method):
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None) -> SparseLinear:
         o = self.options
         factor = factorize(stats.H, self.settings.percdamp)
-        H, norm = _unit_diagonal(factor)
+        H = factor.damped()
+        norm = H.diagonal().sqrt()
+        H = H / norm / norm[:, None]
         B = W.masked_fill(factor.dead, 0.0) * norm
         found = admm(
             B,
@@ -65,13 +64,3 @@ class ALPS(Method):
             "residual": found.residuals[-1],
         }
         return sparse_linear(fitted / norm, found.mask, nm, o.pruning, record)
-
-
-def _unit_diagonal(factor: Factor) -> tuple[Tensor, Tensor]:
-    """H damped as far as its factorisation needed, `H / norm / norm^T`, and `norm` `(cols,)`."""
-    if not isfinite(factor.damping):
-        return torch.eye(len(factor.H), device=factor.H.device), factor.H.diagonal().sqrt()
-    H = factor.H.clone()
-    H.diagonal().add_(factor.damping * H.diagonal().mean())
-    norm = H.diagonal().sqrt()
-    return H / norm / norm[:, None], norm

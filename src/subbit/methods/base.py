@@ -146,7 +146,17 @@ def _check(W: Tensor, stats: LinearStats) -> None:
         raise ModelError(
             f"{stats.name}: no calibration token reached it; check the model or skip it"
         )
-    for what, tensor in (("weights", W), ("H (calibration inputs)", stats.H)):
+    if stats.mean is not None and stats.mean.shape != W.shape[1:]:
+        raise ModelError(
+            f"{stats.name}: weight {tuple(W.shape)} and mean input {tuple(stats.mean.shape)} do "
+            "not fit; it must be (cols,)"
+        )
+    mean = stats.H if stats.mean is None else stats.mean
+    for what, tensor in (
+        ("weights", W),
+        ("H (calibration inputs)", stats.H),
+        ("mean (calibration inputs)", mean),
+    ):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise NonFiniteError(

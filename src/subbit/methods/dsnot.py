@@ -42,8 +42,9 @@ class DSnoT(Method):
     pruned weight of the largest `sign(e) w_j E[x_j] / Var[x_j]` (equation 4) and prunes in its
     place the kept weight of the least starting score, in the same group of M, or, unstructured,
     among those whose `w_j E[x_j]` has the other sign (equation 5). A row stops before a swap that
-    would turn the sign of e or, a condition of ours, not lower |e|. The starting mask is by the
-    metric of Wanda or SparseGPT; kept weights are not changed, in the published code neither.
+    would turn the sign of e; one that would not lower |e| is passed over, where the published code
+    makes it. The starting mask is by the metric of Wanda or SparseGPT; kept weights are not
+    changed, in the published code neither.
     """
 
     name = "dsnot"
@@ -120,12 +121,14 @@ def reselect(
         fits &= group == group[grow] if m else effect.sign() == -sign[:, None]
         prune = score.masked_fill(~fits, torch.inf).argmin(1, keepdim=True)
         after = error + (effect.gather(1, prune) - effect.gather(1, grow)).squeeze(1)
-        possible = (~mask & ~frozen).gather(1, grow) & fits.gather(1, prune)
-        active &= possible.squeeze(1) & (after.sign() == sign) & (after.abs() < error.abs())
-        swap = active[:, None]
+        active &= ((~mask & ~frozen).gather(1, grow)).squeeze(1)  # one that can grow is left
+        possible = active & fits.gather(1, prune).squeeze(1)
+        active &= ~possible | (after.sign() == sign)
+        swapped = possible & active & (after.abs() < error.abs())
+        swap = swapped[:, None]
         mask.scatter_(1, grow, mask.gather(1, grow) | swap)
         mask.scatter_(1, prune, mask.gather(1, prune) & ~swap)
-        frozen.scatter_(1, grow, True).scatter_(1, prune, True)
-        error = torch.where(active, after, error)
-        count += int(active.sum())
+        frozen.scatter_(1, grow, True).scatter_(1, prune, frozen.gather(1, prune) | swap)
+        error = torch.where(swapped, after, error)
+        count += int(swapped.sum())
     return Swaps(mask, count)

@@ -9,8 +9,8 @@ class RandomMask(ScorePruning):
     """Keep weights at random, as they are; the draw depends on the seed and the linear's name."""
 
     name = "random"
-    paper = "Random pruning, as the baseline of PBS2P (Table 4b) and of much before"
-    year = 1989
+    paper = "Random pruning, as the baseline of PBS2P (Table 4b)"
+    year = 2025
     summary = "keeps weights at random"
     metric = "random"
     by_row = False

@@ -51,10 +51,14 @@ def slice_rows(
 ) -> tuple[Layout, dict[str, Tensor]]:
     """Rows `start:stop` of a packed linear, itself a packed linear; the tensors are views.
 
-    Not so where single weights are salient: `salient_codes` stays that of all rows.
+    Not so where single weights are salient: `salient_codes` stays that of all rows, and how many
+    of these rows there are is not known before they are read.
     """
     views = {name: t[start:stop] if t.dim() > 1 else t for name, t in tensors.items()}
-    return replace(layout, rows=stop - start), views
+    elements = layout.salient_elements
+    if elements is not None:
+        elements = min(elements, (stop - start) * layout.cols)
+    return replace(layout, rows=stop - start, salient_elements=elements), views
 
 
 def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
@@ -111,14 +115,14 @@ def unpack_rows(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Iterator[Co
     if isinstance(layout, SparseLayout):
         yield from unpack_sparse_rows(layout, tensors, row_chunks(layout))
         return
-    salient = decode_salient(layout, tensors)
+    columns = decode_salient(layout, tensors)
     column_scale = tensors.get("column_scale")
     if column_scale is not None and layout.scaled_params:
         column_scale = column_scale.view(layout.scaled_params, layout.cols)
     elements, taken = layout.salient_elements, 0
     for start, stop in row_chunks(layout):
         part_layout, part = slice_rows(layout, tensors, start, stop)
-        codes = decode_codes(part_layout, part, salient)
+        codes, salient = decode_codes(part_layout, part, columns), columns
         if elements is not None:
             codes, salient = decode_elements(layout, codes, part["salient_codes"][taken:])
             taken += int(salient.sum())
