@@ -75,6 +75,44 @@ def test_every_family_is_compressed_saved_and_loaded_bit_for_bit(family, text, t
     assert all("lm_head" in name or "embed_out" in name for name in left)
 
 
+KINDS = {
+    "rtn-3": [],
+    "gptq-2": ["group=row"],
+    "awq-2": [],
+    "wanda-4-8": ["coarse.allocation=layer_importance"],
+    "sparsegpt-4-8": ["pruning=unstructured"],
+    "magnitude-4-8": ["pruning=structured"],
+    "dsnot-wanda-4-8": [],
+}
+
+
+@pytest.mark.parametrize("recipe", KINDS)
+def test_every_kind_of_result_is_written_told_and_loaded(recipe, folder, text, tmp_path):
+    result = compress(folder, text, recipe, out=tmp_path / "packed", overrides=KINDS[recipe])
+    loaded = subbit.load(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(result.model))
+    total = inspect_folder(tmp_path / "packed")["total"]
+    assert total["stored_bits"] == pytest.approx(result.report["stored_bits"])
+    assert total["paper_bits"] == pytest.approx(result.report["paper_bits"])
+    if recipe[-2:] == "-8":
+        assert total["paper_bits"] == pytest.approx(8, rel=0.02)
+        assert result.report["m"] == 8 and result.report["mean_kept"] <= 4
+    else:
+        assert total["paper_bits"] == int(recipe[-1])
+        assert result.report["kept"] is None
+        assert {record["nm"] for record in result.records.values()} == {None}
+    again = compress(folder, text, recipe, overrides=KINDS[recipe])
+    again.save_pretrained(tmp_path / "again")
+    assert weights_of(tmp_path / "again") == weights_of(tmp_path / "packed")
+
+
+def test_an_nm_that_the_method_cannot_follow_ends_early(folder, text):
+    with pytest.raises(RecipeError, match=r"'rtn' does not prune.*nm: null"):
+        compress(folder, text, "rtn-2", overrides=["nm=4:8"])
+    with pytest.raises(RecipeError, match="'pbs2p' prunes"):
+        compress(folder, text, overrides=["nm=null"])
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_models_with_weights_that_would_be_skipped_are_refused(family, text):
     with pytest.raises(ModelError, match=r"skip"):

@@ -290,7 +290,7 @@ def recipes(
         (
             recipe.name,
             recipe.method,
-            f"{recipe.nm[0]}:{recipe.nm[1]}",
+            "-" if recipe.nm is None else "{}:{}".format(*recipe.nm),
             str(recipe.blocksize),
             f"{recipe.calibration.source}, {recipe.calibration.nsamples} x "
             f"{recipe.calibration.seqlen}",

@@ -1,8 +1,9 @@
-"""The neutral result of every method: a compressed linear is codes and levels.
+"""The neutral result of every method: codes and levels, or 16-bit values under a mask.
 
-Every row of every column group has a handful of levels; every weight is a code that names its
-level, or 0 for a weight that is exactly zero. Methods make this, `packed/` stores it, kernels read
-it, the bit report counts it. Nothing downstream knows which method made it.
+`CompressedLinear`: every row of every column group has a handful of levels; every weight is a code
+that names its level, or 0 for a weight that is exactly zero. `SparseLinear`, of methods that only
+prune: the kept weights themselves, in 16 bits. Methods make these, `packed/` stores them, kernels
+read them, the bit report counts them. Nothing downstream knows which method made it.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LEVEL_KINDS", "CompressedLinear", "LevelKind", "LevelTable"]
+__all__ = [
+    "LEVEL_KINDS",
+    "Compressed",
+    "CompressedLinear",
+    "LevelKind",
+    "LevelTable",
+    "SparseLinear",
+]
 
 
 def _pairs(params: Tensor, groups: int) -> Tensor:
@@ -30,8 +38,17 @@ def _residual(params: Tensor, groups: int) -> Tensor:
     return torch.stack((low - alpha2, high - alpha2, low + alpha2, high + alpha2), -1).flatten(-2)
 
 
+def _symmetric_residual(params: Tensor, groups: int) -> Tensor:
+    return _residual(torch.nn.functional.pad(params, (0, groups)), groups)
+
+
 def _free(params: Tensor, groups: int) -> Tensor:
     return params
+
+
+def _grid(params: Tensor, groups: int) -> Tensor:
+    steps = torch.arange(groups, dtype=params.dtype, device=params.device)
+    return (steps - params[..., 1:]) * params[..., :1]
 
 
 @dataclass(frozen=True)
@@ -45,12 +62,21 @@ class LevelKind:
             digit; e.g. `(2,)` = a sign bit, then the group label.
         expand: float32 parameters `(..., P)` -> level values `(..., L)`, in index order
             `digit0 + radix0 * (digit1 + ...)`, the group label the most significant digit.
+        shared: stored parameters that all groups have in common.
+        integers: how many parameters, the last ones, are whole numbers from 0 to L - 1; they are
+            stored in as few bits as that takes.
     """
 
     params_per_group: int
     levels_per_group: int
     radices: tuple[int, ...]
     expand: Callable[[Tensor, int], Tensor]
+    shared: int = 0
+    integers: int = 0
+
+    def params(self, groups: int) -> int:
+        """Number of parameters P of `groups` groups."""
+        return self.shared + groups * self.params_per_group
 
 
 LEVEL_KINDS: dict[str, LevelKind] = {
@@ -61,8 +87,13 @@ LEVEL_KINDS: dict[str, LevelKind] = {
     # mu_g -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1.., mu_1..);
     # index = sign1 + 2 * sign2 + 4 * group
     "residual": LevelKind(3, 4, (2, 2), _residual),
+    # -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1..); index as in "residual"
+    "symmetric_residual": LevelKind(2, 4, (2, 2), _symmetric_residual),
     # any values; `groups` = number of levels; index = level
     "free": LevelKind(1, 1, (), _free),
+    # (i - zero) * scale for i = 0..groups-1; parameters (scale, zero), zero one of the i;
+    # `groups` = number of levels, 2^k of a k-bit grid; index = i
+    "grid": LevelKind(0, 1, (), _grid, shared=2, integers=1),
 }
 
 
@@ -72,8 +103,8 @@ class LevelTable:
 
     Attributes:
         kind: a key of `LEVEL_KINDS`.
-        groups: number of level groups G (for "free": the number of levels).
-        params: float16 `(rows, ngroups_of_columns, P)`, `P = G * params_per_group`: what is stored.
+        groups: number of level groups G (for "free" and "grid": the number of levels).
+        params: float16 `(rows, ngroups_of_columns, P)`, P of `LevelKind.params`: what is stored.
     """
 
     kind: str
@@ -96,13 +127,21 @@ class CompressedLinear:
 
     Attributes:
         codes: uint8 `(rows, cols)`; 0 = exactly zero, c > 0 = level c - 1 of that row and column
-            group, from `salient_levels` in salient columns, else from `levels`.
-        levels: levels of the ordinary columns.
+            group, from `salient_levels` where salient, else from `levels`.
+        levels: levels of the ordinary weights.
         group_size: columns that share one level record (the last group may be shorter).
         nm: `(N, M)`, N kept of every M consecutive columns (exactly; the last cols % M columns
             form a group padded with zeros and keep min(N, cols % M)); None = no such structure.
-        salient: bool `(cols,)` or None; columns whose levels come from `salient_levels`.
-        salient_levels: levels of the salient columns, or None.
+        salient: weights whose levels come from `salient_levels`, or None: bool `(cols,)` for whole
+            columns, `(rows, cols)` for single weights (never pruned ones).
+        salient_levels: levels of the salient weights, or None.
+        salient_group_size: columns that share one record of these, None = `group_size`; another
+            number only where single weights are salient.
+        structured: True where whole columns are pruned and nothing else: every column has only
+            codes 0 or none.
+        column_scale: float16 or None: `(cols,)` multiplies every level of its column; `(S, cols)`
+            multiplies in a column parameter k < S of its level record by row k, and goes with
+            whole salient columns or none.
         record: JSON-able facts about the fit (loss, salient share, damping, ...).
     """
 
@@ -112,6 +151,9 @@ class CompressedLinear:
     nm: tuple[int, int] | None = None
     salient: Tensor | None = None
     salient_levels: LevelTable | None = None
+    salient_group_size: int | None = None
+    structured: bool = False
+    column_scale: Tensor | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,18 +161,111 @@ class CompressedLinear:
         """`(rows, cols)` of the dense weight."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def kept(self) -> Tensor:
+        """Which weights are not pruned, bool `(rows, cols)`."""
+        return self.codes != 0
+
+    @property
+    def salient_share(self) -> float:
+        """Share of salient columns or weights."""
+        return 0.0 if self.salient is None else float(self.salient.float().mean())
+
     def dequantize(self) -> Tensor:
         """Return the dense weight these codes mean, float32 `(rows, cols)`."""
-        rows, cols = self.shape
-        table = self.levels.values()
-        zero = table.new_zeros(*table.shape[:2], 1)
-        table = torch.cat((zero, table), -1)
-        index = self.codes.long()
-        if self.salient is not None and self.salient_levels is not None:
-            offset = table.shape[-1]
-            table = torch.cat((table, zero, self.salient_levels.values()), -1)
-            index = index + offset * self.salient.long()
-        ngroups = table.shape[1]
-        padding = ngroups * self.group_size - cols
-        index = torch.nn.functional.pad(index, (0, padding)).view(rows, ngroups, self.group_size)
-        return table.gather(-1, index).view(rows, -1)[:, :cols]
+        if self.column_scale is not None and self.column_scale.dim() == 2:
+            return self._dequantize_scaled(self.column_scale.float())
+        table, index = _with_zero(self.levels), self.codes.long()
+        if self.salient is None or self.salient_levels is None:
+            dense = _look_up(table, index, self.group_size)
+        elif self.salient.dim() == 1:  # one look-up in both tables side by side
+            both = torch.cat((table, _with_zero(self.salient_levels)), -1)
+            dense = _look_up(both, index + table.shape[-1] * self.salient, self.group_size)
+        else:
+            dense = _look_up(table, index.masked_fill(self.salient, 0), self.group_size)
+            row, col = self.salient.nonzero(as_tuple=True)
+            group = col // (self.salient_group_size or self.group_size)
+            special = _with_zero(self.salient_levels)
+            dense[row, col] = special[row, group, index[row, col]]
+        return dense if self.column_scale is None else dense * self.column_scale.float()
+
+    def _dequantize_scaled(self, scale: Tensor) -> Tensor:
+        """Where every column has its own levels: one column group at a time."""
+        dense = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
+        for group, start in enumerate(range(0, self.shape[1], self.group_size)):
+            columns = slice(start, start + self.group_size)
+            codes, factors = self.codes[:, columns].long().unsqueeze(-1), scale[:, columns]
+            value = _scaled(self.levels, group, factors)
+            part = value.gather(-1, codes.clamp_max(self.levels.count)).squeeze(-1)
+            if self.salient is not None and self.salient_levels is not None:
+                special = self.salient[columns]
+                value = _scaled(self.salient_levels, group, factors[:, special])
+                part[:, special] = value.gather(-1, codes[:, special]).squeeze(-1)
+            dense[:, columns] = part
+        return dense
+
+
+@dataclass(frozen=True)
+class SparseLinear:
+    """One linear of which some weights are zero and the others have 16 bits.
+
+    Attributes:
+        values: float16 or bfloat16 `(rows, cols)`, 0 where pruned.
+        mask: bool `(rows, cols)`, True = kept (a kept weight may be 0).
+        nm: `(N, M)` as in `CompressedLinear`, or None.
+        structured: True where whole columns are pruned and nothing else.
+        record: JSON-able facts about the fit.
+    """
+
+    values: Tensor
+    mask: Tensor
+    nm: tuple[int, int] | None = None
+    structured: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, cols)` of the dense weight."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def kept(self) -> Tensor:
+        """Which weights are not pruned, bool `(rows, cols)`."""
+        return self.mask
+
+    @property
+    def salient_share(self) -> float:
+        """0: every kept weight is stored alike."""
+        return 0.0
+
+    def dequantize(self) -> Tensor:
+        """Return the dense weight, float32 `(rows, cols)`."""
+        return self.values.float()
+
+
+Compressed = CompressedLinear | SparseLinear
+"""What a method returns."""
+
+
+def _with_zero(levels: LevelTable) -> Tensor:
+    """What codes 0, 1, ... mean, float32 `(rows, ngroups, 1 + L)`."""
+    return torch.nn.functional.pad(levels.values(), (1, 0))
+
+
+def _scaled(levels: LevelTable, group: int, factors: Tensor) -> Tensor:
+    """What codes 0, 1, ... mean in each column of a group, float32 `(rows, b, 1 + L)`."""
+    params = levels.params[:, group].float()
+    count = params.shape[1]
+    factors = factors[:count].T  # (b, S)
+    factors = torch.nn.functional.pad(factors, (0, count - factors.shape[1]), value=1.0)
+    values = LEVEL_KINDS[levels.kind].expand(params.unsqueeze(1) * factors, levels.groups)
+    return torch.nn.functional.pad(values, (1, 0))
+
+
+def _look_up(table: Tensor, index: Tensor, group_size: int) -> Tensor:
+    """Entry `index[r, c]` of row r and the group of column c, float32 `(rows, cols)`."""
+    rows, ngroups = table.shape[:2]
+    cols = index.shape[1]
+    size = min(group_size, cols)  # a group wider than the matrix would only be padded for nothing
+    padded = torch.nn.functional.pad(index, (0, ngroups * size - cols)).view(rows, ngroups, size)
+    return table.gather(-1, padded).view(rows, -1)[:, :cols]

@@ -40,9 +40,9 @@ from subbit.model import (
     run_block,
     weight_of,
 )
-from subbit.packed.layout import FORMAT_VERSION, Layout
+from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear
-from subbit.packed.report import bit_report
+from subbit.packed.pack import read_layout
 from subbit.prune.allocate import allocate, mean_kept
 from subbit.recipe import Recipe, load_recipe
 from subbit.run.commits import Workdir, check_output
@@ -144,6 +144,7 @@ def compress(
         recipe.options,
         Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed),
     )
+    method.check_nm(recipe.nm)
     if out is not None:
         check_output(Path(out), resume)
     place = _device(device)
@@ -272,7 +273,7 @@ class _Job:
     @property
     def coarse(self) -> bool:
         """Whether the coarse stage has to look at the blocks."""
-        return self.recipe.coarse.allocation != "uniform"
+        return self.recipe.nm is not None and self.recipe.coarse.allocation == "layer_importance"
 
     @property
     def steps(self) -> int:
@@ -300,7 +301,7 @@ class _Job:
                 self._restore(i)
                 bar.skip(len(self.tokens) + len(self.linears[i]) * self._linear_steps)
             else:
-                nm = (kept[i], self.recipe.nm[1])
+                nm = None if kept is None else (kept[i], self.recipe.nm[1])
                 self._compress_block(i, hidden, calls[i], nm, bar, log)
             if i + 1 < count:  # nobody looks at what the last block puts out
                 with self._stage("propagate"), _dense_cache(block):
@@ -312,8 +313,10 @@ class _Job:
         self._finish(kept, time.monotonic() - started)
         return self.result
 
-    def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> list[int]:
-        """How many of every M weights each block keeps."""
+    def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> list[int] | None:
+        """How many of every M weights each block keeps; None where no weight is pruned."""
+        if self.recipe.nm is None:
+            return None
         sizes = [sum(weight_of(m).numel() for m in linears.values()) for linears in self.linears]
         spec = self.recipe.coarse
         similarities: list[float] = []
@@ -338,6 +341,7 @@ class _Job:
             allocation=spec.allocation,
             n_high=spec.n_high,
             n_low=spec.n_low,
+            norms=[_norm(linears) for linears in self.linears],
         )
         self.result.report["mean_kept"] = mean_kept(kept, sizes)
         self.result.report["block_similarities"] = similarities
@@ -357,7 +361,7 @@ class _Job:
         i: int,
         hidden: Tensor,
         call: Any,
-        nm: tuple[int, int],
+        nm: tuple[int, int] | None,
         bar: Progress,
         log: LinearLog | None,
     ) -> None:
@@ -396,18 +400,17 @@ class _Job:
                 self.workdir.commit(i, *_commit_of(block, linears, lines))
 
     def _compress_linear(
-        self, name: str, linear: nn.Module, gram: GramAccumulator, nm: tuple[int, int]
+        self, name: str, linear: nn.Module, gram: GramAccumulator, nm: tuple[int, int] | None
     ) -> tuple[PackedLinear, dict[str, Any]]:
         weight = weight_of(linear)
         W = weight.to(self.device, torch.float32)
-        result = self.method.compress(W, LinearStats(gram.H, gram.tokens, name), nm)
+        result = self.method.compress(W, LinearStats(gram.H, gram.tokens, name, gram.mean), nm)
         packed = PackedLinear.from_compressed(result, linear.bias, self.model.dtype)
         packed.to(weight.device)
-        salient = 0 if result.salient is None else int(result.salient.sum())
-        bits = bit_report(packed.layout, salient)
+        bits = packed.bits()
         record = {
             "shape": list(result.shape),
-            "nm": list(nm),
+            "nm": None if nm is None else list(nm),
             **result.record,
             "paper_bits": bits.paper_bits,
             "stored_bits": bits.stored_bits,
@@ -419,7 +422,7 @@ class _Job:
         tensors, meta = self.workdir.load(i)
         block = self.blocks.modules[i]
         for name, linear in self.linears[i].items():
-            layout = Layout.from_dict(meta["layouts"][name])
+            layout = read_layout(meta["layouts"][name])
             packed = PackedLinear(layout, linear.bias is not None, self.model.dtype, device="meta")
             state = {field: tensors[f"{name}.{field}"] for field in layout.fields()}
             if linear.bias is not None:
@@ -432,7 +435,7 @@ class _Job:
             self.result.records[line["name"]] = facts
         self.result.log += meta["log"]
 
-    def _finish(self, kept: list[int], seconds: float) -> None:
+    def _finish(self, kept: list[int] | None, seconds: float) -> None:
         records = self.result.records.values()
         weights = [record["shape"][0] * record["shape"][1] for record in records]
 
@@ -441,7 +444,7 @@ class _Job:
 
         self.result.report |= {
             "kept": kept,
-            "m": self.recipe.nm[1],
+            "m": None if self.recipe.nm is None else self.recipe.nm[1],
             "linears": len(weights),
             "weights": sum(weights),
             "mean_loss": sum(record["loss"] for record in records) / len(weights),
@@ -459,6 +462,12 @@ class _Job:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+
+def _norm(linears: dict[str, nn.Module]) -> float:
+    """L2 norm of the weights of some linears."""
+    squares = (weight_of(m).float().square().sum(dtype=torch.float64) for m in linears.values())
+    return float(sum(squares)) ** 0.5
 
 
 _VARYING = ("block", "name", "seconds", "peak_rss_bytes")  # of a log line: not part of a record

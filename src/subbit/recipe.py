@@ -59,12 +59,16 @@ for _class in (_Loader, _Dumper):
         )
 
 
-def _parse_nm(value: object) -> tuple[int, int]:
+def _parse_nm(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
     if isinstance(value, (tuple, list)) and len(value) == 2:
         value = f"{value[0]}:{value[1]}"
     match = re.fullmatch(r"(\d+):(\d+)", value.strip()) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"nm is {value!r} but must be 'N:M' with N kept of M, such as '6:8'")
+        raise ValueError(
+            f"nm is {value!r} but must be 'N:M' with N kept of M, such as '6:8', or null"
+        )
     n, m = int(match[1]), int(match[2])
     if not 1 <= n <= m <= MAX_M:
         raise ValueError(
@@ -74,9 +78,9 @@ def _parse_nm(value: object) -> tuple[int, int]:
 
 
 NM = Annotated[
-    tuple[int, int],
+    tuple[int, int] | None,
     BeforeValidator(_parse_nm),
-    PlainSerializer(lambda nm: f"{nm[0]}:{nm[1]}", return_type=str),
+    PlainSerializer(lambda nm: nm and f"{nm[0]}:{nm[1]}", return_type=str | None),
 ]
 
 
@@ -108,12 +112,15 @@ class CoarseSpec(_Spec):
     """How the coarse stage shares the budget of kept weights among the decoder blocks.
 
     Attributes:
-        allocation: by layer importance, or the same N everywhere.
-        n_high: the most important block keeps N + n_high (at most M).
-        n_low: the least important block keeps N - n_low (at least 1).
+        allocation: by layer importance (PBS2P), by the norm of the weights (STBLLM's relative
+            importance), half a sine wave falling over the depth, or the same N everywhere.
+        n_high: the most important (sin: the first) block keeps N + n_high (at most M).
+        n_low: the least important (sin: the last) block keeps N - n_low (at least 1).
     """
 
-    allocation: Literal["layer_importance", "uniform"] = "layer_importance"
+    allocation: Literal["layer_importance", "relative_importance", "sin", "uniform"] = (
+        "layer_importance"
+    )
     n_high: int = Field(1, ge=0)
     n_low: int = Field(1, ge=0)
 
@@ -124,7 +131,8 @@ class Recipe(_Spec):
     Attributes:
         name: name of the recipe.
         method: name of the method (see `subbit methods`).
-        nm: `(N, M)`, N kept of every M consecutive weights of a row; written `"6:8"`.
+        nm: `(N, M)`, N kept of every M consecutive weights of a row; written `"6:8"`. None,
+            written `null`: no weight is pruned, and the coarse stage has nothing to share out.
         blocksize: columns that are compressed together; a multiple of M.
         percdamp: share of mean(diag H) that is added to the diagonal of H.
         skip: patterns of linears or weights that are left as they are; embeddings and lm_head
@@ -155,7 +163,7 @@ class Recipe(_Spec):
 
     @model_validator(mode="after")
     def _blocks_hold_whole_groups(self) -> Self:
-        if self.blocksize % self.nm[1]:
+        if self.nm is not None and self.blocksize % self.nm[1]:
             raise ValueError(
                 f"blocksize {self.blocksize} is not a multiple of M = {self.nm[1]}, so that N:M "
                 "groups would straddle two blocks; choose a multiple of M, such as 128"

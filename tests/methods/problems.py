@@ -88,4 +88,4 @@ PROBLEMS = {
 def problem(name: str) -> tuple[torch.Tensor, LinearStats]:
     """A weight and its statistics."""
     W, X = PROBLEMS[name]()
-    return W, LinearStats(X.T @ X, len(X), f"test.{name}")
+    return W, LinearStats(X.T @ X, len(X), f"test.{name}", X.mean(0))

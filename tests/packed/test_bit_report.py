@@ -4,7 +4,7 @@ from math import log2
 import pytest
 from packed_examples import make_linear
 
-from subbit.packed import Layout, bit_report, model_bits, pack
+from subbit.packed import Layout, SparseLayout, bit_report, model_bits, pack
 
 PAPER = Layout(4096, 4096, 128, (4, 8), False, ("pairs", 3), ("residual", 1))
 
@@ -68,6 +68,48 @@ def test_salient_columns_must_be_possible():
 def test_report_equals_the_bytes_of_the_tensors():
     layout, tensors = pack(make_linear(7, 133))
     assert bit_report(layout).field_bytes == {name: t.nbytes for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_grids_take_their_bits_and_a_scale_and_a_zero(bits):
+    report = bit_report(Layout(64, 1024, 128, None, False, ("grid", 2**bits), None))
+    assert report.paper_bits == bits
+    assert report.stored_bits == bits + (16 + bits) / 128 == report.floor_bits
+
+
+def test_single_salient_weights_count_eight_bits_as_in_pb_llm():
+    share = 0.125
+    layout = Layout(
+        64, 1000, 128, None, False, ("symmetric", 1), ("grid", 255), 8000, salient_group_size=1000
+    )
+    report = bit_report(layout)
+    assert report.salient_share == share
+    assert report.paper_bits == pytest.approx(8 * share + 1 - share)
+    assert report.stored_bits == pytest.approx(1.6 + 8 * share + (8 * 16 + 16 + 8) / 1000)
+    assert report.floor["values"] == pytest.approx(share * log2(255))
+    assert report.floor["sign"] == pytest.approx(1 - share)
+    assert 0.5 < report.floor["bitmap"] < 0.55
+    assert report.floor_bits < report.stored_bits
+    with pytest.raises(ValueError, match="salient_columns"):
+        bit_report(layout, 3)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "paper", "stored"),
+    [
+        ({"nm": (4, 8)}, 8, 8 + 7 / 8),
+        ({"nm": (8, 8)}, 16, 16),
+        ({"kept_columns": 32}, 8, 8 + 1 / 64),
+        ({"elements": 1024}, 4, 4 + 1),
+    ],
+)
+def test_pruning_alone_leaves_16_bits_a_weight(kwargs, paper, stored):
+    report = bit_report(SparseLayout(64, 64, "bfloat16", **kwargs))
+    assert report.paper_bits == paper
+    assert report.stored_bits == stored >= report.floor_bits >= paper
+    assert report.salient_share == 0
+    with pytest.raises(ValueError, match="salient_columns"):
+        bit_report(SparseLayout(64, 64, "bfloat16", **kwargs), 1)
 
 
 def test_model_bits_are_averages_over_weights_and_the_whole_file():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from subbit.errors import FormatError
-from subbit.packed import Layout
+from subbit.packed import Layout, SparseLayout, read_layout
 
 LAYOUT = Layout(
     rows=576,
@@ -100,3 +100,93 @@ def test_unknown_and_missing_keys_are_refused():
         Layout.from_dict(data)
     with pytest.raises(FormatError):
         Layout.from_dict([1, 2])
+
+
+OPTIONAL = {
+    "salient_elements": 9,
+    "salient_group_size": 1536,
+    "column_scale": True,
+}
+
+
+def test_what_is_not_used_is_not_written():
+    assert set(LAYOUT.to_dict()) == {
+        "rows", "cols", "group_size", "nm", "zeros", "levels", "salient",
+    }  # fmt: skip
+    full = replace(LAYOUT, **OPTIONAL)
+    assert full.to_dict() == LAYOUT.to_dict() | OPTIONAL
+    assert read_layout(json.loads(json.dumps(full.to_dict()))) == full
+
+
+def test_fields_of_grids_single_salient_weights_and_column_scales():
+    layout = replace(LAYOUT, levels=("grid", 8), nm=None, salient=None, column_scale=True)
+    assert layout.fields() == {
+        "digit0": ((576, 576), torch.uint8),  # 1536 digits of 3 bits
+        "levels": ((576, 12, 1), torch.float16),
+        "levels_zero": ((576, 5), torch.uint8),  # 12 of 3 bits
+        "column_scale": ((1536,), torch.float16),
+    }
+    layout = replace(LAYOUT, levels=("symmetric", 1), nm=None, salient=("grid", 255), **OPTIONAL)
+    assert layout.fields() == {
+        "code": ((576, 308), torch.uint8),  # 1536 trits
+        "levels": ((576, 12, 1), torch.float16),
+        "salient_codes": ((9,), torch.uint8),
+        "salient_levels": ((576, 1, 1), torch.float16),
+        "salient_levels_zero": ((576, 1), torch.uint8),
+        "column_scale": ((1536,), torch.float16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("salient_elements", 0),
+        ("salient_elements", 576 * 1536 + 1),
+        ("salient_elements", True),
+        ("salient_group_size", 128),  # without single salient weights
+        ("kept_columns", 5),  # with N:M
+        ("column_scale", 1),
+    ],
+)
+def test_optional_nonsense_is_refused_by_name(key, value):
+    with pytest.raises(FormatError, match=key):
+        Layout.from_dict({**LAYOUT.to_dict(), key: value})
+
+
+def test_one_code_is_left_for_single_salient_weights():
+    with pytest.raises(FormatError, match="salient_elements"):
+        replace(LAYOUT, nm=None, levels=("free", 255), salient_elements=3)
+    with pytest.raises(FormatError, match="salient_elements"):
+        replace(LAYOUT, nm=None, salient=None, salient_elements=3)
+
+
+SPARSE = SparseLayout(576, 100, "float16", nm=(4, 8))
+
+
+def test_fields_of_16_bit_values():
+    f16, u8 = torch.float16, torch.uint8
+    assert SPARSE.fields() == {"mask": ((576, 12), u8), "values": ((576, 52), f16)}
+    columns = SparseLayout(576, 100, "bfloat16", kept_columns=40)
+    assert columns.fields() == {"columns": ((13,), u8), "values": ((576, 40), torch.bfloat16)}
+    single = SparseLayout(576, 100, "float16", elements=999)
+    assert single.fields() == {"bitmap": ((576, 13), u8), "values": ((999,), f16)}
+    for layout in (SPARSE, columns, single):
+        assert read_layout(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rows", 0),
+        ("values", "float32"),
+        ("values", None),
+        ("nm", [9, 8]),
+        ("nm", None),  # neither N:M, nor columns, nor single weights
+        ("elements", 5),  # with N:M
+        ("kept_columns", 101),
+        ("group_size", 128),
+    ],
+)
+def test_sparse_nonsense_is_refused(key, value):
+    with pytest.raises(FormatError):
+        read_layout({**SPARSE.to_dict(), key: value})

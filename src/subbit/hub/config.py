@@ -7,7 +7,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from subbit import __version__
 from subbit.errors import FormatError
-from subbit.packed.layout import FORMAT_VERSION, Layout
+from subbit.packed.layout import FORMAT_VERSION
+from subbit.packed.pack import AnyLayout, read_layout
 
 __all__ = ["QUANT_METHOD", "SubbitConfig"]
 
@@ -75,7 +76,7 @@ class SubbitConfig(QuantizationConfigMixin):
         self.base_model = base_model
         self.subbit_version = subbit_version
 
-    def layouts(self) -> dict[str, tuple[Layout, bool]]:
+    def layouts(self) -> dict[str, tuple[AnyLayout, bool]]:
         """Return name -> (layout, has a bias) of every packed linear.
 
         Raises:
@@ -85,7 +86,7 @@ class SubbitConfig(QuantizationConfigMixin):
         for name, entry in self.modules.items():
             try:
                 layout = {key: value for key, value in entry.items() if key != "bias"}
-                found[name] = Layout.from_dict(layout), bool(entry["bias"])
+                found[name] = read_layout(layout), bool(entry["bias"])
             except FormatError as error:
                 raise FormatError(f"config.json, '{name}': {error}") from error
             except (AttributeError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from subbit.errors import FormatError, ModelError
 from subbit.hub.config import QUANT_METHOD, SubbitConfig
 from subbit.hub.headers import TensorInfo, read_folder_headers
-from subbit.packed.layout import Layout
+from subbit.packed.pack import AnyLayout
 from subbit.packed.report import bit_report
 
 __all__ = ["inspect_folder", "is_packed", "read_config"]
@@ -96,7 +96,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def _linear(
-    name: str, layout: Layout, record: dict[str, Any], tensors: dict[str, TensorInfo]
+    name: str, layout: AnyLayout, record: dict[str, Any], tensors: dict[str, TensorInfo]
 ) -> dict[str, Any]:
     stored = 0
     for field in layout.fields():

@@ -14,12 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 from subbit.errors import FormatError, ModelError
 from subbit.hub.config import QUANT_METHOD, SubbitConfig
 from subbit.hub.headers import TensorInfo, read_header
-from subbit.packed.layout import Layout
 from subbit.packed.linear import PackedLinear
+from subbit.packed.pack import AnyLayout
 
 __all__ = ["SubbitQuantizer", "attach", "dense_shape", "packed_modules", "register"]
 
-_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def register() -> None:
@@ -128,7 +128,7 @@ def _local_name(model: nn.Module, name: str) -> str:
     )
 
 
-def _swap(model: nn.Module, name: str, layout: Layout, bias: bool) -> None:
+def _swap(model: nn.Module, name: str, layout: AnyLayout, bias: bool) -> None:
     """Put an empty packed linear on the meta device in the place of a dense one."""
     dense = model.get_submodule(name)
     shape = layout.rows, layout.cols
@@ -156,7 +156,7 @@ def _skip_initialisation(model: nn.Module, name: str) -> None:
             module._is_hf_initialized = True
 
 
-def _check_stored(layouts: dict[str, tuple[Layout, bool]], files: list[str] | None) -> None:
+def _check_stored(layouts: dict[str, tuple[AnyLayout, bool]], files: list[str] | None) -> None:
     """Refuse shards in which a packed tensor is missing or is not what its layout says.
 
     transformers would fill a missing tensor with noise and only warn.

@@ -2,6 +2,7 @@
 
 from subbit.linalg.blockloop import BlockView, compensate, run_blocks
 from subbit.linalg.cholesky import Factor, factorize
+from subbit.linalg.columns import sweep_columns
 from subbit.linalg.gram import GramAccumulator, relative_loss
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "factorize",
     "relative_loss",
     "run_blocks",
+    "sweep_columns",
 ]

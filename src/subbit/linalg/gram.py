@@ -19,6 +19,7 @@ class GramAccumulator:
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self._lower = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -27,6 +28,7 @@ class GramAccumulator:
         for start in range(0, x.shape[1], _STRIPE):
             stripe = x[:, start : start + _STRIPE]
             self._lower[start:, start : start + _STRIPE].addmm_(x[:, start:].T, stripe)
+        self._sum += x.sum(0, dtype=torch.float64)
         self.tokens += x.shape[0]
 
     @property
@@ -34,6 +36,11 @@ class GramAccumulator:
         """The sum, float32 `(features, features)`, exactly symmetric."""
         lower = self._lower.tril()
         return lower + lower.tril(-1).T
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean input, float32 `(features,)`; 0 before the first token."""
+        return (self._sum / max(self.tokens, 1)).float()
 
 
 def relative_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:

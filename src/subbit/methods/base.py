@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from subbit.codes import CompressedLinear
+from subbit.codes import Compressed
 from subbit.errors import ModelError, NonFiniteError, RecipeError, nearest
 from subbit.linalg import Factor, relative_loss
 
@@ -30,11 +30,13 @@ class LinearStats:
         H: float32 `(cols, cols)`, `sum x^T x` over the calibration tokens.
         tokens: how many tokens that was.
         name: the linear's dotted name, for messages and seeds.
+        mean: mean input, float32 `(cols,)`, or None where nobody asked for it.
     """
 
     H: Tensor
     tokens: int
     name: str = "linear"
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Settings:
 class Method(ABC):
     """One published method.
 
-    Class attributes say what `subbit methods` prints; `Opt` is its options' model.
+    Class attributes say what `subbit methods` prints; `Opt` is its options' model. `nm_use` says
+    whether it prunes: it needs an N:M, takes one or None, or takes None only.
     """
 
     name: ClassVar[str]
@@ -57,6 +60,7 @@ class Method(ABC):
     year: ClassVar[int]
     summary: ClassVar[str]
     Opt: ClassVar[type[Options]] = Options
+    nm_use: ClassVar[Literal["needed", "optional", "none"]] = "needed"
 
     def __init__(
         self, options: dict[str, Any] | None = None, settings: Settings | None = None
@@ -64,33 +68,53 @@ class Method(ABC):
         self.settings = settings or Settings()
         self.options = _parse(self.Opt, self.name, options or {})
 
-    def compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def check_nm(self, nm: tuple[int, int] | None) -> None:
+        """Refuse an N:M that this method cannot follow, or its absence.
+
+        Raises:
+            RecipeError: says what to write instead.
+        """
+        if nm is None and self.nm_use == "needed":
+            raise RecipeError(f"method '{self.name}' prunes; give it nm, such as nm: '4:8'")
+        if nm is not None and self.nm_use == "none":
+            raise RecipeError(
+                f"method '{self.name}' does not prune, so that nm '{nm[0]}:{nm[1]}' means nothing; "
+                "write nm: null"
+            )
+
+    def compress(
+        self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None = None
+    ) -> Compressed:
         """Compress one linear.
 
         Args:
             W: float32 `(rows, cols)`; not modified.
             stats: its calibration statistics.
-            nm: `(N, M)`, N kept of every M consecutive columns.
+            nm: `(N, M)`, N kept of every M consecutive columns; None = no weight is pruned.
 
         Returns:
-            Codes and levels, with `loss`, `salient_share`, `damping`, `tokens` in the record.
+            Codes and levels, or 16-bit values under a mask, with `loss`, `salient_share`,
+            `damping`, `tokens` in the record.
 
         Raises:
+            RecipeError: an N:M that the method cannot follow.
             NonFiniteError: NaN or Inf in W or H, named.
             ModelError: shapes that do not fit each other.
         """
+        self.check_nm(nm)
         _check(W, stats)
         result = self._compress(W, stats, nm)
         record = {
             "loss": relative_loss(W, result.dequantize(), stats.H),
-            "salient_share": _salient_share(result),
+            "salient_share": result.salient_share,
             "tokens": stats.tokens,
+            "damping": None,
             **result.record,
         }
         return replace(result, record=record)
 
     @abstractmethod
-    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None) -> Compressed:
         """The method itself, on checked input."""
 
 
@@ -122,14 +146,20 @@ def _check(W: Tensor, stats: LinearStats) -> None:
         raise ModelError(
             f"{stats.name}: no calibration token reached it; check the model or skip it"
         )
-    for what, tensor in (("weights", W), ("H (calibration inputs)", stats.H)):
+    if stats.mean is not None and stats.mean.shape != W.shape[1:]:
+        raise ModelError(
+            f"{stats.name}: weight {tuple(W.shape)} and mean input {tuple(stats.mean.shape)} do "
+            "not fit; it must be (cols,)"
+        )
+    mean = stats.H if stats.mean is None else stats.mean
+    for what, tensor in (
+        ("weights", W),
+        ("H (calibration inputs)", stats.H),
+        ("mean (calibration inputs)", mean),
+    ):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise NonFiniteError(
                 f"{stats.name}: {bad} NaN or Inf values in its {what}; "
                 "repair the checkpoint or load it in float32"
             )
-
-
-def _salient_share(result: CompressedLinear) -> float:
-    return 0.0 if result.salient is None else float(result.salient.float().mean())

@@ -1,60 +1,57 @@
-"""The table from which every size of a packed linear is computed.
+"""The table from which every size of a linear of codes and levels is computed.
 
 A packed linear is a handful of tensors, its fields. All code fields are uint8 `(rows, bytes)`, a
 stream a row:
 
-- `mask`: N:M with N < M only. For every group of M columns the number of its pattern
-  (`masks.py`), `ceil(log2 C(M, N))` bits each, as one bit stream a row.
-- the digits of the level index (code - 1) of every kept weight, in column order: N weights a group
-  with N:M (virtual columns of a padded last group included, with digits 0), else all columns. The
+- `mask` or `columns`: which weights are kept (`support.py`).
+- the digits of the level index (code - 1) of every kept weight, in column order. The
   index is cut into the digits that its level kind names (`codes.LEVEL_KINDS`), the group label
   last and most significant. Ordinary and salient columns share the digit planes: plane k has the
   larger of both tables' k-th radix, and a plane of radix 1 is not stored. Plane 0 is called `sign`
   when its radix is 2; any other plane k is called `digit<k>`. With "pairs" of three groups and a
   salient "residual" of one, the planes are `sign` (radix 2) and `digit1` (radix 3): the group
   label, or in salient columns the second sign.
-- `code`: in place of these planes when there is no N:M but some codes are 0; the code itself, one
-  digit whose radix is the larger number of levels plus 1.
+- `code`: in place of these planes where some codes are 0 though neither N:M nor whole columns say
+  so: the code itself, one digit whose radix is the larger number of levels plus 1. Where single
+  weights are salient too: the level index or code, or else the next number, one digit; that number
+  marks a salient weight.
+- `salient_codes`: uint8 `(salient weights,)`, where single weights are salient: their level
+  indices, a byte each, row by row.
 
 `codecs.py` says how digits of each radix become bytes. Then the level records:
 
-- `levels`: float16 `(rows, groups of columns, P)`, the parameters of `codes.LevelTable`.
+- `levels`: float16 `(rows, groups of columns, F)`, the parameters of `codes.LevelTable` but for
+  the last `LevelKind.integers`.
+- `levels_zero`: these, `ceil(log2 L)` bits each, as one bit stream a row, uint8.
 - `salient`: uint8 `(ceil(cols / 8),)`, a bit a column, column 0 the lowest bit of byte 0.
-- `salient_levels`: float16 `(rows, groups of columns, P of the salient table)`.
+- `salient_levels`, `salient_levels_zero`: the same of the salient table.
+- `column_scale`: float16 `(cols,)`, or `(S * cols,)` for factors of S parameters, one after the
+  other.
+
+`sparse.py` has the table of 16-bit values under a mask.
 """
 
-from dataclasses import asdict, dataclass, fields
-from math import prod
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from subbit.codes import LEVEL_KINDS
-from subbit.errors import FormatError, nearest
 from subbit.packed.codecs import digit_row_bytes
-from subbit.packed.masks import MAX_M, mask_index_bits
+from subbit.packed.fields import (
+    FORMAT_VERSION,
+    BaseLayout,
+    Field,
+    bad_value,
+    check_int,
+    is_int,
+)
+from subbit.packed.support import Support
 
-__all__ = ["FORMAT_VERSION", "MAX_LEVELS", "Field", "Layout", "Plane"]
-
-FORMAT_VERSION = 1
-"""Version of the byte layout; a change of any byte changes it."""
+__all__ = ["FORMAT_VERSION", "MAX_LEVELS", "Field", "Layout", "Plane", "Table"]
 
 MAX_LEVELS = 255
 """A code is a uint8 and 0 means pruned."""
-
-_MAX_SIZE = 2**31 - 1
-
-
-class Field(NamedTuple):
-    """Shape and dtype of one stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class Plane(NamedTuple):
@@ -66,7 +63,56 @@ class Plane(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Table:
+    """A level table as it is stored.
+
+    Attributes:
+        name: of its field, "levels" or "salient_levels".
+        kind, groups: see `codes.LevelTable`.
+        records: column groups that have a record each.
+    """
+
+    name: str
+    kind: str
+    groups: int
+    records: int
+
+    @property
+    def count(self) -> int:
+        """Number of levels L."""
+        return self.groups * LEVEL_KINDS[self.kind].levels_per_group
+
+    @property
+    def integers(self) -> int:
+        """How many parameters of a record are whole numbers below L."""
+        return LEVEL_KINDS[self.kind].integers
+
+    @property
+    def floats(self) -> int:
+        """How many parameters of a record are float16."""
+        return LEVEL_KINDS[self.kind].params(self.groups) - self.integers
+
+    @property
+    def integer_bits(self) -> int:
+        """Bits of one whole number."""
+        return (self.count - 1).bit_length()
+
+    @property
+    def record_bits(self) -> int:
+        """Bits of one record."""
+        return 16 * self.floats + self.integers * self.integer_bits
+
+    def fields(self, rows: int) -> dict[str, Field]:
+        """The stored tensors of the table."""
+        table = {self.name: Field((rows, self.records, self.floats), torch.float16)}
+        bits = self.records * self.integers * self.integer_bits
+        if bits:
+            table[f"{self.name}_zero"] = Field((rows, -(-bits // 8)), torch.uint8)
+        return table
+
+
+@dataclass(frozen=True)
+class Layout(BaseLayout):
     """What must be known of a linear to tell the shape of each of its packed tensors.
 
     Attributes:
@@ -75,7 +121,14 @@ class Layout:
         nm: `(N, M)`, N kept of every M consecutive columns, or None.
         zeros: True if there is no N:M but some codes are 0.
         levels: `(kind, groups)` of the ordinary columns' level table.
-        salient: `(kind, groups)` of the salient columns' level table, or None.
+        salient: `(kind, groups)` of the salient weights' level table, or None.
+        salient_elements: number of salient weights where they are single ones; None where they are
+            whole columns.
+        salient_group_size: columns that share one salient record, None = `group_size`; only with
+            `salient_elements`.
+        kept_columns: number of columns that are not pruned, where whole columns are, or None.
+        column_scale: True if every column has factors.
+        scaled_params: number S of parameters that these multiply, 0 = one factor for all levels.
 
     Raises:
         FormatError: a value that means nothing; the message names it.
@@ -88,17 +141,44 @@ class Layout:
     zeros: bool
     levels: tuple[str, int]
     salient: tuple[str, int] | None
+    salient_elements: int | None = None
+    salient_group_size: int | None = None
+    kept_columns: int | None = None
+    column_scale: bool = False
+    scaled_params: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "group_size"):
-            _check_size(name, getattr(self, name))
-        if self.nm is not None:
-            _check_nm(self.nm)
-        if not isinstance(self.zeros, bool) or (self.zeros and self.nm is not None):
-            raise _bad("zeros", self.zeros, "true or false, and false with N:M")
+            check_int(name, getattr(self, name))
+        structured = self.support.nm is not None or self.kept_columns is not None
+        if not isinstance(self.zeros, bool) or (self.zeros and structured):
+            raise bad_value("zeros", self.zeros, "true or false, and false with N:M")
+        if not isinstance(self.column_scale, bool):
+            raise bad_value("column_scale", self.column_scale, "true or false")
         _check_levels("levels", self.levels)
         if self.salient is not None:
             _check_levels("salient", self.salient)
+        check_int("scaled_params", self.scaled_params, 0, MAX_LEVELS)
+        if self.scaled_params and (not self.column_scale or self.salient_elements is not None):
+            raise bad_value("scaled_params", self.scaled_params, "0 without column scales")
+        self._check_elements()
+
+    def _check_elements(self) -> None:
+        if self.salient_elements is not None:
+            check_int("salient_elements", self.salient_elements, 1, self.rows * self.cols)
+            if self.salient is None or self.tables()[0].count == MAX_LEVELS:
+                raise bad_value(
+                    "salient_elements", self.salient_elements, f"with levels, below {MAX_LEVELS}"
+                )
+        if self.salient_group_size is not None:
+            check_int("salient_group_size", self.salient_group_size)
+            if self.salient_elements is None:
+                raise bad_value("salient_group_size", self.salient_group_size, "absent")
+
+    @property
+    def support(self) -> Support:
+        """Which weights of a row are stored."""
+        return Support(self.cols, self.nm, self.kept_columns)
 
     @property
     def groups(self) -> int:
@@ -108,24 +188,28 @@ class Layout:
     @property
     def kept(self) -> int:
         """Weights of a row whose digits are stored, virtual columns included."""
-        if self.nm is None:
-            return self.cols
-        n, m = self.nm
-        return n * -(-self.cols // m)
+        return self.support.width
 
-    def tables(self) -> list[tuple[str, int]]:
-        """`(kind, groups)` of the ordinary and, if there is one, the salient level table."""
-        return [self.levels] if self.salient is None else [self.levels, self.salient]
+    def tables(self) -> list[Table]:
+        """The ordinary and, if there is one, the salient level table."""
+        tables = [Table("levels", *self.levels, self.groups)]
+        if self.salient is not None:
+            size = self.salient_group_size or self.group_size
+            tables.append(Table("salient_levels", *self.salient, -(-self.cols // size)))
+        return tables
 
     def level_counts(self) -> list[int]:
         """Number of levels L of each of `tables()`."""
-        return [groups * LEVEL_KINDS[kind].levels_per_group for kind, groups in self.tables()]
+        return [table.count for table in self.tables()]
 
     def radices(self) -> list[tuple[int, ...]]:
-        """Radices of the digits of each of `tables()`, padded with 1 to one length."""
+        """Radices of the digits of each table that they index, padded with 1 to one length."""
+        counts = self.level_counts()
+        if self.salient_elements is not None:
+            return [(counts[0] + self.zeros + 1,)]
         if self.zeros:
-            return [(count + 1,) for count in self.level_counts()]
-        own = [(*LEVEL_KINDS[kind].radices, groups) for kind, groups in self.tables()]
+            return [(count + 1,) for count in counts]
+        own = [(*LEVEL_KINDS[table.kind].radices, table.groups) for table in self.tables()]
         longest = max(len(radices) for radices in own)
         return [radices + (1,) * (longest - len(radices)) for radices in own]
 
@@ -139,96 +223,34 @@ class Layout:
         ]
 
     def _plane_name(self, k: int, radix: int) -> str:
-        if self.zeros:
+        if self.zeros or self.salient_elements is not None:
             return "code"
         return "sign" if k == 0 and radix == 2 else f"digit{k}"
 
     def fields(self) -> dict[str, Field]:
         """THE table: name -> shape and dtype of every stored tensor, in order."""
-        table: dict[str, Field] = {}
-        if self.nm is not None and self.nm[0] < self.nm[1]:
-            bits = mask_index_bits(*self.nm) * -(-self.cols // self.nm[1])
-            table["mask"] = Field((self.rows, -(-bits // 8)), torch.uint8)
+        table = self.support.fields(self.rows)
         for plane in self.planes():
             width = digit_row_bytes(self.kept, plane.radix)
             table[plane.name] = Field((self.rows, width), torch.uint8)
-        table["levels"] = self._level_field(*self.levels)
-        if self.salient is not None:
+        levels, *salient = self.tables()
+        table |= levels.fields(self.rows)
+        if self.salient_elements is not None:
+            table["salient_codes"] = Field((self.salient_elements,), torch.uint8)
+        elif salient:
             table["salient"] = Field((-(-self.cols // 8),), torch.uint8)
-            table["salient_levels"] = self._level_field(*self.salient)
+        for extra in salient:
+            table |= extra.fields(self.rows)
+        if self.column_scale:
+            factors = self.cols * max(self.scaled_params, 1)
+            table["column_scale"] = Field((factors,), torch.float16)
         return table
-
-    def _level_field(self, kind: str, groups: int) -> Field:
-        width = groups * LEVEL_KINDS[kind].params_per_group
-        return Field((self.rows, self.groups, width), torch.float16)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all fields."""
-        return sum(field.nbytes for field in self.fields().values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight of the dense shape."""
-        return 8 * self.nbytes / (self.rows * self.cols)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Layout":
-        """Undo `to_dict`.
-
-        Raises:
-            FormatError: an unknown or missing key, or a value that means nothing.
-        """
-        if not isinstance(data, dict):
-            raise _bad("itself", data, "an object")
-        known = [field.name for field in fields(cls)]
-        for key in data:
-            if key not in known:
-                raise FormatError(
-                    f"packed layout has an unknown key {key!r}{nearest(str(key), known)}: "
-                    "the file is damaged or newer than this program."
-                )
-        for key in known:
-            if key not in data:
-                raise FormatError(
-                    f"packed layout lacks the key {key!r}: the file is damaged; fetch it again."
-                )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-
-
-def _bad(name: str, value: object, wanted: str) -> FormatError:
-    return FormatError(
-        f"packed layout: {name} is {value!r:.80} but must be {wanted}; "
-        "the file is damaged or newer than this program."
-    )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_size(name: str, value: object) -> None:
-    if not _is_int(value) or not 1 <= value <= _MAX_SIZE:
-        raise _bad(name, value, f"an integer from 1 to {_MAX_SIZE}")
-
-
-def _check_nm(nm: object) -> None:
-    good = isinstance(nm, tuple) and len(nm) == 2 and all(_is_int(value) for value in nm)
-    if not good or not 1 <= nm[0] <= nm[1] <= MAX_M:
-        raise _bad("nm", nm, f"(N, M) with 1 <= N <= M <= {MAX_M}")
 
 
 def _check_levels(name: str, levels: object) -> None:
     good = isinstance(levels, tuple) and len(levels) == 2 and isinstance(levels[0], str)
     if not good or levels[0] not in LEVEL_KINDS:
-        raise _bad(name, levels, f"(kind, groups) with kind one of {', '.join(LEVEL_KINDS)}")
+        raise bad_value(name, levels, f"(kind, groups) with kind one of {', '.join(LEVEL_KINDS)}")
     most = MAX_LEVELS // LEVEL_KINDS[levels[0]].levels_per_group
-    if not _is_int(levels[1]) or not 1 <= levels[1] <= most:
-        raise _bad(name, levels, f"(kind, groups) with 1 to {most} groups for {levels[0]!r}")
+    if not is_int(levels[1]) or not 1 <= levels[1] <= most:
+        raise bad_value(name, levels, f"(kind, groups) with 1 to {most} groups for {levels[0]!r}")

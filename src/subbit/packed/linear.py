@@ -1,15 +1,15 @@
 """A linear layer that holds its packed bytes as parameters and decodes them to multiply."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from subbit.codes import CompressedLinear
-from subbit.packed.layout import Layout
-from subbit.packed.pack import pack, row_chunks, slice_rows, unpack
+from subbit.codes import Compressed
+from subbit.packed.codecs import unpack_bits
+from subbit.packed.pack import AnyLayout, pack, row_chunks, unpack, unpack_rows
+from subbit.packed.report import BitReport, bit_report
 
 __all__ = ["PackedLinear"]
 
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self,
-        layout: Layout,
+        layout: AnyLayout,
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_compressed(
-        cls, linear: CompressedLinear, bias: Tensor | None, dtype: torch.dtype
+        cls, linear: Compressed, bias: Tensor | None, dtype: torch.dtype
     ) -> "PackedLinear":
         """Pack `linear` (see `pack` for errors) into a module on its device.
 
@@ -67,7 +67,8 @@ class PackedLinear(nn.Module):
             raise ValueError(f"bias must be ({layout.rows},), not {tuple(bias.shape)}.")
         module = cls(layout, bias is not None, dtype, device="meta")
         if bias is not None:
-            tensors["bias"] = bias.detach().to(linear.codes.device, dtype)
+            device = next(iter(tensors.values())).device
+            tensors["bias"] = bias.detach().to(device, dtype)
         for name, tensor in tensors.items():
             # a copy, so that the module shares no memory with what it was made from
             setattr(module, name, nn.Parameter(tensor.clone(), requires_grad=False))
@@ -77,13 +78,20 @@ class PackedLinear(nn.Module):
         """The packed tensors by field name."""
         return {name: getattr(self, name) for name in self.layout.fields()}
 
-    def compressed(self) -> CompressedLinear:
-        """The codes and levels of this linear; FormatError if the bytes mean none."""
+    def compressed(self) -> Compressed:
+        """Codes and levels, or values under a mask; FormatError if the bytes mean none."""
         return unpack(self.layout, self.fields())
 
     def dequantize(self) -> Tensor:
         """The dense weight, float32 `(rows, cols)`; FormatError if the bytes mean none."""
         return self._decode(torch.float32)
+
+    def bits(self) -> BitReport:
+        """How many bits a weight of this linear takes."""
+        salient = self.fields().get("salient")
+        if salient is None:
+            return bit_report(self.layout)
+        return bit_report(self.layout, int(unpack_bits(salient[None], 1, self.layout.cols).sum()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
@@ -99,13 +107,13 @@ class PackedLinear(nn.Module):
         return self._dense
 
     def _decode(self, dtype: torch.dtype) -> Tensor:
-        # a group wider than the matrix would only make dequantize pad for nothing
-        layout = replace(self.layout, group_size=min(self.layout.group_size, self.layout.cols))
+        fields = self.fields()
+        device = next(iter(fields.values())).device
         # an inference tensor kept for later would be useless under autograd
         with torch.inference_mode(False), torch.no_grad():
-            out = torch.empty(layout.rows, layout.cols, dtype=dtype, device=self.levels.device)
-            for start, stop in row_chunks(layout):
-                part = unpack(*slice_rows(layout, self.fields(), start, stop))
+            out = torch.empty(self.layout.rows, self.layout.cols, dtype=dtype, device=device)
+            parts = unpack_rows(self.layout, fields)
+            for (start, stop), part in zip(row_chunks(self.layout), parts, strict=True):
                 out[start:stop] = part.dequantize()
         return out
 

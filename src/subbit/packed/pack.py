@@ -6,19 +6,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
+from subbit.codes import LEVEL_KINDS, Compressed, CompressedLinear, LevelTable, SparseLinear
 from subbit.errors import FormatError
 from subbit.packed.codecs import pack_bits, pack_digits
-from subbit.packed.decode import check_tensors, decode_codes, decode_salient, limits
-from subbit.packed.layout import Layout
-from subbit.packed.masks import mask_index_bits, mask_to_index, tail_columns
+from subbit.packed.decode import (
+    check_tensors,
+    decode_codes,
+    decode_elements,
+    decode_levels,
+    decode_salient,
+    limits,
+)
+from subbit.packed.layout import Layout, Table
+from subbit.packed.sparse import SparseLayout, pack_sparse, unpack_sparse_rows
+from subbit.packed.support import column_bits, damaged
 
-__all__ = ["pack", "row_chunks", "slice_rows", "unpack"]
+__all__ = ["AnyLayout", "pack", "read_layout", "row_chunks", "slice_rows", "unpack", "unpack_rows"]
+
+AnyLayout = Layout | SparseLayout
+"""The layout of codes and levels, or of 16-bit values."""
 
 _CHUNK_WEIGHTS = 1 << 20  # keeps scratch memory small and, on a CPU, near the caches
 
 
-def row_chunks(layout: Layout) -> Iterator[tuple[int, int]]:
+def read_layout(data: dict) -> AnyLayout:
+    """Undo `to_dict` of either layout.
+
+    Raises:
+        FormatError: an unknown or missing key, or a value that means nothing.
+    """
+    sparse = isinstance(data, dict) and "values" in data
+    return (SparseLayout if sparse else Layout).from_dict(data)
+
+
+def row_chunks(layout: AnyLayout) -> Iterator[tuple[int, int]]:
     """Ranges of rows, `(start, stop)`, that are worked on at a time (about a million weights)."""
     step = max(1, _CHUNK_WEIGHTS // layout.cols)
     for start in range(0, layout.rows, step):
@@ -28,85 +49,138 @@ def row_chunks(layout: Layout) -> Iterator[tuple[int, int]]:
 def slice_rows(
     layout: Layout, tensors: Mapping[str, Tensor], start: int, stop: int
 ) -> tuple[Layout, dict[str, Tensor]]:
-    """Rows `start:stop` of a packed linear, itself a packed linear; the tensors are views."""
-    views = {name: t if name == "salient" else t[start:stop] for name, t in tensors.items()}
-    return replace(layout, rows=stop - start), views
+    """Rows `start:stop` of a packed linear, itself a packed linear; the tensors are views.
+
+    Not so where single weights are salient: `salient_codes` stays that of all rows, and how many
+    of these rows there are is not known before they are read.
+    """
+    views = {name: t[start:stop] if t.dim() > 1 else t for name, t in tensors.items()}
+    elements = layout.salient_elements
+    if elements is not None:
+        elements = min(elements, (stop - start) * layout.cols)
+    return replace(layout, rows=stop - start, salient_elements=elements), views
 
 
-def pack(linear: CompressedLinear) -> tuple[Layout, dict[str, Tensor]]:
-    """Pack one linear; the tensors are those of `Layout.fields()`, in that order.
+def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
+    """Pack one linear; the tensors are those of `fields()` of the layout, in that order.
 
     Raises:
-        ValueError: codes, levels or mask that break the rules of `CompressedLinear`.
-        FormatError: a level parameter that is not finite in float16, or a structure that the
+        ValueError: codes, levels, values or mask that break the rules of the result's class.
+        FormatError: a number that is not finite in 16 bits, or a structure that the
             format cannot hold. Both name the row and the columns at fault.
     """
+    if isinstance(linear, SparseLinear):
+        return pack_sparse(linear)
     layout = _layout_of(linear)
     _check_codes(linear, layout)
-    parts = [
-        _pack_rows(layout, linear.codes[start:stop], linear.salient, start)
-        for start, stop in row_chunks(layout)
-    ]
+    parts = [_pack_rows(layout, linear, start, stop) for start, stop in row_chunks(layout)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    tensors["levels"] = linear.levels.params.contiguous()
-    if linear.salient is not None and linear.salient_levels is not None:
-        tensors["salient"] = pack_bits(linear.salient[None], 1)[0]
-        tensors["salient_levels"] = linear.salient_levels.params.contiguous()
-    return layout, tensors
+    if layout.kept_columns is not None:
+        tensors["columns"] = column_bits(linear.codes[0] > 0)
+    for table, levels in zip(layout.tables(), (linear.levels, linear.salient_levels), strict=False):
+        tensors |= _pack_levels(table, levels)
+    if linear.salient is not None and layout.salient_elements is None:
+        tensors["salient"] = column_bits(linear.salient)
+    if linear.column_scale is not None:
+        tensors["column_scale"] = linear.column_scale.flatten()
+    return layout, {name: tensors[name].contiguous() for name in layout.fields()}
 
 
-def unpack(layout: Layout, tensors: Mapping[str, Tensor]) -> CompressedLinear:
-    """Undo `pack`; the level tables share memory with `tensors`, `record` is empty.
+def unpack(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Compressed:
+    """Undo `pack`; float tensors are shared with `tensors`, `record` is empty.
 
     Raises:
         FormatError: tensors that are not what `layout` says, or bytes that mean no valid linear;
             the message names the field.
     """
-    check_tensors(layout, tensors)
-    salient = decode_salient(layout, tensors)
-    codes = torch.empty(
-        layout.rows, layout.cols, dtype=torch.uint8, device=tensors["levels"].device
+    parts = list(unpack_rows(layout, tensors))
+    first = parts[0]
+    if isinstance(first, SparseLinear):
+        values = torch.cat([part.values for part in parts])
+        return replace(first, values=values, mask=torch.cat([part.mask for part in parts]))
+    levels, *salient_levels = (decode_levels(table, tensors) for table in layout.tables())
+    elements = layout.salient_elements is not None
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        levels=levels,
+        salient=torch.cat([part.salient for part in parts]) if elements else first.salient,
+        salient_levels=salient_levels[0] if salient_levels else None,
     )
+
+
+def unpack_rows(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Iterator[Compressed]:
+    """Undo `pack` one range of `row_chunks` at a time, from row 0 on; raises as `unpack`."""
+    check_tensors(layout, tensors)
+    if isinstance(layout, SparseLayout):
+        yield from unpack_sparse_rows(layout, tensors, row_chunks(layout))
+        return
+    columns = decode_salient(layout, tensors)
+    column_scale = tensors.get("column_scale")
+    if column_scale is not None and layout.scaled_params:
+        column_scale = column_scale.view(layout.scaled_params, layout.cols)
+    elements, taken = layout.salient_elements, 0
     for start, stop in row_chunks(layout):
-        codes[start:stop] = decode_codes(*slice_rows(layout, tensors, start, stop), salient)
-    salient_levels = None
-    if layout.salient is not None:
-        salient_levels = LevelTable(*layout.salient, tensors["salient_levels"])
-    levels = LevelTable(*layout.levels, tensors["levels"])
-    return CompressedLinear(codes, levels, layout.group_size, layout.nm, salient, salient_levels)
+        part_layout, part = slice_rows(layout, tensors, start, stop)
+        codes, salient = decode_codes(part_layout, part, columns), columns
+        if elements is not None:
+            codes, salient = decode_elements(layout, codes, part["salient_codes"][taken:])
+            taken += int(salient.sum())
+        levels, *salient_levels = (decode_levels(table, part) for table in layout.tables())
+        yield CompressedLinear(
+            codes,
+            levels,
+            layout.group_size,
+            layout.nm,
+            salient,
+            salient_levels[0] if salient_levels else None,
+            layout.salient_group_size,
+            layout.kept_columns is not None,
+            column_scale,
+        )
+    if elements is not None and taken != elements:
+        raise damaged("code", f"marks {taken} weights as salient instead of {elements}")
 
 
 def _layout_of(linear: CompressedLinear) -> Layout:
-    codes, salient = linear.codes, linear.salient
+    codes, salient, extra = linear.codes, linear.salient, linear.salient_levels
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.numel() == 0:
         raise ValueError(
             f"codes must be a non-empty uint8 matrix, not {codes.dtype} {tuple(codes.shape)}."
         )
-    if (salient is None) != (linear.salient_levels is None):
+    if (salient is None) != (extra is None):
         raise ValueError("salient and salient_levels must be given together or not at all.")
-    if salient is not None and (salient.dtype != torch.bool or salient.shape != codes.shape[1:]):
-        raise ValueError(
-            f"salient must be bool ({codes.shape[1]},), not {salient.dtype} {tuple(salient.shape)}."
-        )
-    extra = linear.salient_levels
+    elements = salient is not None and salient.dim() == 2
+    if salient is not None:
+        shape = codes.shape if elements else codes.shape[1:]
+        if salient.dtype != torch.bool or salient.shape != shape:
+            raise ValueError(
+                f"salient must be bool {tuple(shape)}, not {salient.dtype} {tuple(salient.shape)}."
+            )
     layout = Layout(
         rows=codes.shape[0],
         cols=codes.shape[1],
         group_size=linear.group_size,
         nm=None if linear.nm is None else tuple(linear.nm),
-        zeros=linear.nm is None and bool((codes == 0).any()),
+        zeros=linear.nm is None and not linear.structured and bool((codes == 0).any()),
         levels=(linear.levels.kind, linear.levels.groups),
         salient=None if extra is None else (extra.kind, extra.groups),
+        salient_elements=int(salient.sum()) if elements else None,
+        salient_group_size=linear.salient_group_size,
+        kept_columns=int((codes[0] > 0).sum()) if linear.structured else None,
+        column_scale=linear.column_scale is not None,
+        scaled_params=_scaled_params(linear.column_scale),
     )
-    _check_params("levels", linear.levels, layout)
-    if extra is not None:
-        _check_params("salient_levels", extra, layout)
+    for table, levels in zip(layout.tables(), (linear.levels, extra), strict=False):
+        _check_params(table, levels, layout.rows)
+    if linear.column_scale is not None:
+        _check_scale(linear.column_scale, layout)
     return layout
 
 
-def _check_params(name: str, table: LevelTable, layout: Layout) -> None:
-    params = table.params
-    shape = (layout.rows, layout.groups, table.groups * LEVEL_KINDS[table.kind].params_per_group)
+def _check_params(table: Table, levels: LevelTable, rows: int) -> None:
+    name, params = table.name, levels.params
+    shape = (rows, table.records, LEVEL_KINDS[table.kind].params(table.groups))
     if params.dtype != torch.float16 or params.shape != shape:
         raise ValueError(
             f"{name}: parameters must be float16 {shape}, not {params.dtype} {tuple(params.shape)}."
@@ -118,41 +192,88 @@ def _check_params(name: str, table: LevelTable, layout: Layout) -> None:
             f"{name}: row {row}, column group {group} holds a value that is not finite in "
             "float16; the weights are too large or damaged for this format."
         )
+    integers = params[..., table.floats :]
+    bad = ((integers != integers.round()) | (integers < 0) | (integers >= table.count)).any(-1)
+    if bad.any():
+        row, group = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: row {row}, column group {group} has a zero point that is no whole number "
+            f"from 0 to {table.count - 1}."
+        )
+
+
+def _scaled_params(scale: Tensor | None) -> int:
+    return 0 if scale is None or scale.dim() != 2 else scale.shape[0]
+
+
+def _check_scale(scale: Tensor, layout: Layout) -> None:
+    cols = layout.cols
+    if scale.dtype != torch.float16 or scale.dim() > 2 or scale.shape[-1:] != (cols,):
+        raise ValueError(
+            f"column_scale must be float16 ({cols},) or (S, {cols}), not {scale.dtype} "
+            f"{tuple(scale.shape)}."
+        )
+    bad = (~scale.isfinite()).view(-1, cols).any(0).nonzero()
+    if len(bad):
+        raise FormatError(
+            f"column_scale: column {int(bad[0])} has a factor that is not finite in float16; the "
+            "weights are too large or damaged for this format."
+        )
 
 
 def _check_codes(linear: CompressedLinear, layout: Layout) -> None:
     salient = linear.salient
     if salient is None:
         salient = linear.codes.new_zeros(layout.cols, dtype=torch.bool)
-    highest = limits(layout, salient)
     for start, stop in row_chunks(layout):
-        bad = linear.codes[start:stop] > highest
+        codes = linear.codes[start:stop]
+        flags = (salient if salient.dim() == 1 else salient[start:stop]).expand_as(codes)
+        highest = limits(layout, flags)
+        bad = codes > highest
         if bad.any():
             row, col = bad.nonzero()[0].tolist()
-            code = int(linear.codes[start + row, col])
             raise ValueError(
                 f"codes: row {start + row}, column {col} (column group "
-                f"{col // layout.group_size}) is {code}, above its {int(highest[col])} levels."
+                f"{col // layout.group_size}) is {int(codes[row, col])}, above its "
+                f"{int(highest[row, col])} levels."
+            )
+        if layout.salient_elements is not None and (bad := flags & (codes == 0)).any():
+            row, col = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"codes: row {start + row}, column {col} is salient but pruned; a single salient "
+                "weight must be kept."
             )
 
 
+def _pack_levels(table: Table, levels: LevelTable) -> dict[str, Tensor]:
+    params = levels.params
+    tensors = {table.name: params[..., : table.floats]}
+    if table.integers and table.integer_bits:
+        integers = params[..., table.floats :].int().flatten(1)
+        tensors[f"{table.name}_zero"] = pack_bits(integers, table.integer_bits)
+    return tensors
+
+
 def _pack_rows(
-    layout: Layout, codes: Tensor, salient: Tensor | None, first: int
+    layout: Layout, linear: CompressedLinear, start: int, stop: int
 ) -> dict[str, Tensor]:
-    """Pack the code fields of some rows, the first of which is row `first`."""
+    """Pack the code fields of some rows."""
+    codes, salient = linear.codes[start:stop], linear.salient
+    support = layout.support
     tensors: dict[str, Tensor] = {}
-    flags = None if salient is None else salient.expand_as(codes)
-    if layout.nm is not None:
-        codes, mask = _pad_and_mask(layout, codes, first)
-        if layout.nm[0] < layout.nm[1]:
-            bits = mask_index_bits(*layout.nm)
-            tensors["mask"] = pack_bits(mask_to_index(mask, layout.nm[0]), bits)
-        kept = mask.flatten(1)
-        if flags is not None:
-            flags = torch.nn.functional.pad(flags, (0, codes.shape[1] - layout.cols))
-            flags = flags[kept].view(len(codes), layout.kept)
-        codes = codes[kept].view(len(codes), layout.kept)
     index = codes if layout.zeros else codes - 1
+    flags = None
+    if layout.salient_elements is not None:
+        salient = salient[start:stop]
+        tensors["salient_codes"] = codes[salient] - 1
+        index = index.masked_fill(salient, layout.radices()[0][0] - 1)
+    elif salient is not None:
+        flags = salient.expand_as(codes)
+    if layout.nm is not None or layout.kept_columns is not None:
+        kept = support.check(codes > 0, start)
+        tensors |= support.pack(kept)
+        index = support.take(index, kept)
+        flags = None if flags is None else support.take(flags, kept)
     radices = layout.radices()
     for plane in layout.planes():
         digit = _digit(index, radices[0], plane.digit)
@@ -160,25 +281,6 @@ def _pack_rows(
             digit = torch.where(flags, _digit(index, radices[1], plane.digit), digit)
         tensors[plane.name] = pack_digits(digit, plane.radix)
     return tensors
-
-
-def _pad_and_mask(layout: Layout, codes: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Codes with whole M-groups, uint8 `(rows, G * M)`, and their mask, bool `(rows, G, M)`."""
-    n, m = layout.nm
-    virtual, marked = tail_columns(layout.cols, n, m)
-    codes = torch.nn.functional.pad(codes, (0, virtual))
-    codes[:, layout.cols : layout.cols + marked] = 1  # level index 0, hence digits 0
-    mask = (codes > 0).view(len(codes), -1, m)
-    bad = mask.sum(-1, dtype=torch.uint8) != n
-    if bad.any():
-        row, group = bad.nonzero()[0].tolist()
-        stop = min((group + 1) * m, layout.cols)
-        kept = int(mask[row, group, : stop - group * m].sum())
-        raise ValueError(
-            f"codes break {n}:{m}: row {first + row} keeps {kept} of columns "
-            f"{group * m}..{stop - 1} instead of {min(n, stop - group * m)}."
-        )
-    return codes, mask
 
 
 def _digit(index: Tensor, radices: tuple[int, ...], k: int) -> Tensor:

@@ -1,16 +1,20 @@
 """How many bits a weight takes: the papers' count, the bytes that are stored, and the floor.
 
 Paper bits count signs alone (equation 10 of PBS²P): `(2 r + (1 - r)) N / M` with r the share of
-salient columns. Stored bits are 8 x bytes of all fields / weights. The floor is what the same
+salient columns; the k bits of a grid; 16 bits for every weight that pruning alone has left. Stored
+bits are 8 x bytes of all fields / weights. The floor is what the same
 information takes at least, were every mask, sign and label equally likely.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import comb, lgamma, log, log2
+from math import log2
 
 from subbit.codes import LEVEL_KINDS
-from subbit.packed.layout import Layout
+from subbit.packed.layout import Layout, Table
+from subbit.packed.pack import AnyLayout
+from subbit.packed.sparse import SparseLayout
+from subbit.packed.support import log2_choices
 
 __all__ = ["BitReport", "ModelBits", "bit_report", "model_bits"]
 
@@ -22,10 +26,10 @@ class BitReport:
     Attributes:
         weights: number of weights, rows * cols.
         field_bytes: bytes of each stored field; the bias is not among them.
-        salient_share: share r of salient columns.
+        salient_share: share r of salient columns or weights.
         paper_bits: bits per weight as the papers count them.
         floor: bits per weight that each part needs at least: `mask`, `sign`, `label`,
-            `second_sign`, `scales`, `bitmap`.
+            `second_sign`, `scales`, `bitmap` (which are salient), `values` (of 16 or 8 bits).
     """
 
     weights: int
@@ -72,22 +76,27 @@ class ModelBits:
     file_bits: float
 
 
-def bit_report(layout: Layout, salient_columns: int = 0) -> BitReport:
+def bit_report(layout: AnyLayout, salient_columns: int = 0) -> BitReport:
     """Count the bits of one linear of which `salient_columns` columns are salient.
 
     Raises:
-        ValueError: more salient columns than columns, or any without a salient level table.
+        ValueError: more salient columns than columns, or any where no columns can be salient.
     """
-    most = layout.cols if layout.salient is not None else 0
+    weights = layout.rows * layout.cols
+    sparse = isinstance(layout, SparseLayout)
+    most = 0 if sparse or layout.salient is None else layout.cols
+    if not sparse and layout.salient_elements is not None:
+        most, share = 0, layout.salient_elements / weights
+    else:
+        share = salient_columns / layout.cols
     if not 0 <= salient_columns <= most:
         raise ValueError(f"salient_columns must be from 0 to {most}, not {salient_columns}.")
-    share = salient_columns / layout.cols
     return BitReport(
-        weights=layout.rows * layout.cols,
+        weights=weights,
         field_bytes={name: field.nbytes for name, field in layout.fields().items()},
         salient_share=share,
-        paper_bits=_paper_bits(layout, share),
-        floor=_floor(layout, salient_columns),
+        paper_bits=16 * _density(layout) if sparse else _paper_bits(layout, share),
+        floor=_sparse_floor(layout) if sparse else _floor(layout, share),
     )
 
 
@@ -116,12 +125,16 @@ def model_bits(
     )
 
 
-def _shares(layout: Layout, share: float) -> list[tuple[str, int, float]]:
-    """`(kind, groups, share of columns)` of each level table."""
-    return [
-        (kind, groups, weight)
-        for (kind, groups), weight in zip(layout.tables(), (1 - share, share), strict=False)
-    ]
+def _density(layout: SparseLayout) -> float:
+    """Share of kept weights as the papers count it."""
+    if layout.elements is not None:
+        return layout.elements / (layout.rows * layout.cols)
+    return layout.support.share
+
+
+def _shares(layout: Layout, share: float) -> list[tuple[Table, float]]:
+    """Each level table and the share of weights that it serves."""
+    return list(zip(layout.tables(), (1 - share, share), strict=False))
 
 
 def _paper_bits(layout: Layout, share: float) -> float:
@@ -129,40 +142,47 @@ def _paper_bits(layout: Layout, share: float) -> float:
 
     So 2-bit round-to-nearest is 2, as its papers say, and a level that is zero counts as one.
     """
-    density = 1.0 if layout.nm is None else layout.nm[0] / layout.nm[1]
     bits = 0.0
-    for kind, groups, weight in _shares(layout, share):
-        signs = len(LEVEL_KINDS[kind].radices)
-        bits += weight * (signs or log2(groups + layout.zeros))
-    return bits * density
+    for table, weight in _shares(layout, share):
+        signs = len(LEVEL_KINDS[table.kind].radices)
+        whole = table.integer_bits if table.kind == "grid" and not layout.zeros else 0
+        bits += weight * (signs or whole or log2(table.groups + layout.zeros))
+    return bits * layout.support.share
 
 
-def _floor(layout: Layout, salient_columns: int) -> dict[str, float]:
+def _floor(layout: Layout, share: float) -> dict[str, float]:
     """See `BitReport.floor`; with zeros but no N:M, `label` holds the whole code."""
     rows, cols = layout.rows, layout.cols
-    floor = dict.fromkeys(("mask", "sign", "label", "second_sign", "scales", "bitmap"), 0.0)
-    density = 1.0
-    if layout.nm is not None:
-        n, m = layout.nm
-        full, rest = divmod(cols, m)
-        density = (full * n + min(n, rest)) / cols
-        floor["mask"] = (full * log2(comb(m, n)) + log2(comb(rest, min(n, rest)))) / cols
-    for (kind, groups, weight), count in zip(
-        _shares(layout, salient_columns / cols), layout.level_counts(), strict=True
-    ):
+    names = ("mask", "sign", "label", "second_sign", "scales", "bitmap", "values")
+    floor = dict.fromkeys(names, 0.0)
+    floor["mask"] = layout.support.floor(rows)
+    density = layout.support.real / cols
+    tables = _shares(layout, share)
+    if layout.salient_elements is not None:
+        special, weight = tables.pop()
+        floor["values"] = weight * log2(special.count)
+        floor["bitmap"] = log2_choices(rows * cols, layout.salient_elements) / (rows * cols)
+    elif layout.salient is not None:
+        floor["bitmap"] = log2_choices(cols, round(share * cols)) / (rows * cols)
+    for table, weight in tables:
         if layout.zeros:
-            floor["label"] += weight * log2(count + 1)
+            floor["label"] += weight * log2(table.count + 1)
             continue
-        planes = len(LEVEL_KINDS[kind].radices)
+        planes = len(LEVEL_KINDS[table.kind].radices)
         floor["sign"] += weight * density * min(planes, 1)
         floor["second_sign"] += weight * density * max(planes - 1, 0)
-        floor["label"] += weight * density * log2(groups)
-    parameters = sum(
-        groups * LEVEL_KINDS[kind].params_per_group for kind, groups in layout.tables()
-    )
-    floor["scales"] = 16 * parameters * layout.groups / cols
-    if layout.salient is not None:
-        choices = lgamma(cols + 1) - lgamma(salient_columns + 1)
-        choices -= lgamma(cols - salient_columns + 1)
-        floor["bitmap"] = choices / log(2) / (rows * cols)
+        floor["label"] += weight * density * log2(table.groups)
+    floor["scales"] = sum(table.record_bits * table.records for table in layout.tables()) / cols
+    if layout.column_scale:
+        floor["scales"] += 16 * max(layout.scaled_params, 1) / rows
     return floor
+
+
+def _sparse_floor(layout: SparseLayout) -> dict[str, float]:
+    """See `BitReport.floor`."""
+    weights = layout.rows * layout.cols
+    if layout.elements is not None:
+        mask = log2_choices(weights, layout.elements) / weights
+        return {"mask": mask, "values": 16 * layout.elements / weights}
+    support = layout.support
+    return {"mask": support.floor(layout.rows), "values": 16 * support.real / layout.cols}

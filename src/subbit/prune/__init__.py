@@ -2,6 +2,16 @@
 
 from subbit.prune.allocate import allocate
 from subbit.prune.masks import keep_mask, ranks_in_groups
+from subbit.prune.patterns import PRUNING, kept_count, select
 from subbit.prune.scores import METRICS, Scorer
 
-__all__ = ["METRICS", "Scorer", "allocate", "keep_mask", "ranks_in_groups"]
+__all__ = [
+    "METRICS",
+    "PRUNING",
+    "Scorer",
+    "allocate",
+    "keep_mask",
+    "kept_count",
+    "ranks_in_groups",
+    "select",
+]

@@ -10,17 +10,18 @@ from subbit.linalg import BlockView, Factor
 
 __all__ = ["METRICS", "Scorer", "standardized_importance"]
 
-METRICS = ("hessian", "wanda", "magnitude", "si", "random")
+METRICS = ("hessian", "wanda", "magnitude", "si", "ria", "random")
 
 
 class Scorer:
     """Scores the weights of one linear, block by block; higher = more important.
 
     Args:
-        metric: one of `METRICS`.
+        metric: one of `METRICS`; "si" is STBLLM's standardised importance, "ria" what its code
+            has in its place (Zhang et al., 2024, with exponent 1/2).
         W: the original weight `(rows, cols)`.
         H: its Gram matrix `(cols, cols)`, undamped.
-        factor: the factorisation of H.
+        factor: the factorisation of H; only the Hessian metric needs it.
         hessian_score: which reading of "[H^-1]_qq" the Hessian metric takes: "cholesky"
             (`w^2 / U_qq^2`, SparseGPT's and BiLLM's), "printed" (`w^2 / [H^-1]_qq^2`, PBS2P 3.3
             to the letter), or "obs" (`w^2 / 2 [H^-1]_qq`, PBS2P Theorem 3.1).
@@ -35,7 +36,7 @@ class Scorer:
         metric: str,
         W: Tensor,
         H: Tensor,
-        factor: Factor,
+        factor: Factor | None = None,
         *,
         hessian_score: str = "cholesky",
         seed: int = 0,
@@ -46,22 +47,30 @@ class Scorer:
         self.metric = metric
         self._input_norm = H.diagonal().clamp_min(0).sqrt()
         if metric == "hessian":
+            if factor is None:
+                raise ValueError("the hessian metric needs the factorisation of H.")
             self._denominator = _hessian_denominator(factor.U, hessian_score)
         elif metric == "si":
             self._whole = standardized_importance(W, self._input_norm)
+        elif metric == "ria":
+            self._whole = _relative_magnitude(W) * self._input_norm.sqrt()
         elif metric == "random":
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
             self._whole = torch.rand(W.shape, generator=generator).to(W.device)
 
     def __call__(self, block: BlockView) -> Tensor:
         """Score one block's (compensated) weights; float32 `(rows, b)`."""
-        columns = slice(block.start, block.stop)
+        return self.score(block.W, block.start)
+
+    def score(self, W: Tensor, start: int = 0) -> Tensor:
+        """Score weights `(rows, b)` that stand in the columns from `start` on; float32 alike."""
+        columns = slice(start, start + W.shape[1])
         if self.metric == "hessian":
-            return block.W.square() / self._denominator[columns]
+            return W.square() / self._denominator[columns]
         if self.metric == "wanda":
-            return block.W.abs() * self._input_norm[columns]
+            return W.abs() * self._input_norm[columns]
         if self.metric == "magnitude":
-            return block.W.abs()
+            return W.abs()
         return self._whole[:, columns]
 
 
@@ -79,9 +88,14 @@ def _hessian_denominator(U: Tensor, reading: str) -> Tensor:
 
 def standardized_importance(W: Tensor, input_norm: Tensor) -> Tensor:
     """STBLLM Eq. 3: standardised L1-relative magnitude times the input norm; `(rows, cols)`."""
+    relative = _relative_magnitude(W)
+    spread = relative.std().clamp_min(torch.finfo(W.dtype).tiny)
+    return (relative - relative.mean()) / spread * input_norm
+
+
+def _relative_magnitude(W: Tensor) -> Tensor:
+    """|w| as a share of its row's and of its column's, added up."""
     magnitude = W.abs()
     by_row = magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     by_column = magnitude.sum(0, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-    relative = magnitude / by_row + magnitude / by_column
-    spread = relative.std().clamp_min(torch.finfo(W.dtype).tiny)
-    return (relative - relative.mean()) / spread * input_norm
+    return magnitude / by_row + magnitude / by_column

@@ -13,7 +13,7 @@ LOG_FIELDS: dict[str, str] = {
     "block": "index of the decoder block, from 0",
     "name": "full name of the linear in the model",
     "shape": "[rows, cols] of its weight",
-    "nm": "[N, M], N kept of every M, as given by the coarse stage",
+    "nm": "[N, M], N kept of every M, as given by the coarse stage; null where nothing is pruned",
     "loss": "tr((W-Q) H (W-Q)^T) / tr(W H W^T) on the calibration tokens",
     "salient_share": "share of the columns that are salient",
     "damping": "share of mean(diag H) that was added to the diagonal of H",

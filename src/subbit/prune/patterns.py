@@ -1,0 +1,52 @@
+"""Which weights a score keeps: N of every M, single weights, or whole columns."""
+
+import torch
+from torch import Tensor
+
+from subbit.errors import RecipeError, nearest
+from subbit.prune.masks import keep_mask
+
+__all__ = ["PRUNING", "kept_count", "select"]
+
+PRUNING = ("semi-structured", "unstructured", "structured")
+
+
+def kept_count(count: int, nm: tuple[int, int]) -> int:
+    """How many of `count` are kept at the ratio N / M: rounded, at least one."""
+    n, m = nm
+    return max(1, (2 * count * n + m) // (2 * m))
+
+
+def select(
+    scores: Tensor, nm: tuple[int, int], pruning: str = "semi-structured", *, by_row: bool = True
+) -> Tensor:
+    """Keep the highest scores at the ratio N / M; of equal ones the left goes first.
+
+    Args:
+        scores: float `(rows, cols)`, finite.
+        nm: `(N, M)`.
+        pruning: "semi-structured" keeps N of every M consecutive columns, "unstructured" any
+            weights, "structured" the columns of the highest sums.
+        by_row: unstructured: the same number in every row, or the highest of the whole matrix.
+
+    Returns:
+        bool `(rows, cols)`.
+
+    Raises:
+        RecipeError: unknown type of pruning.
+    """
+    if pruning == "semi-structured":
+        return keep_mask(scores, nm)
+    if pruning == "structured":
+        return _highest(scores.sum(0, dtype=torch.float64)[None], nm).expand_as(scores)
+    if pruning == "unstructured":
+        return _highest(scores if by_row else scores.reshape(1, -1), nm).view_as(scores)
+    raise RecipeError(f"unknown pruning '{pruning}'{nearest(pruning, PRUNING)}")
+
+
+def _highest(scores: Tensor, nm: tuple[int, int]) -> Tensor:
+    """The highest of every row."""
+    order = scores.argsort(dim=-1, stable=True)
+    count = scores.shape[-1]
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, order[..., count - kept_count(count, nm) :], True)

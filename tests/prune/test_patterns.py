@@ -1,0 +1,46 @@
+"""What each type of pruning keeps."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subbit.errors import RecipeError
+from subbit.prune import kept_count, select
+
+SCORES = torch.tensor([[1.0, 9, 2, 8, 3, 7, 4, 6], [0, 0, 0, 1, 0, 9, 9, 9]])
+
+
+def test_semi_structured_is_the_nm_mask():
+    mask = select(SCORES, (2, 4))
+    assert mask.int().tolist() == [[0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1]]
+
+
+def test_unstructured_by_row_and_of_the_whole_matrix():
+    by_row = select(SCORES, (2, 4), "unstructured")
+    assert by_row.int().tolist() == [[0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 0, 1, 1, 1]]
+    whole = select(SCORES, (2, 4), "unstructured", by_row=False)
+    assert whole.int().tolist() == [[0, 1, 0, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1]]
+
+
+def test_structured_keeps_the_columns_of_the_highest_sums():
+    mask = select(SCORES, (1, 2), "structured")
+    assert mask.int().tolist() == [[0, 0, 0, 1, 0, 1, 1, 1]] * 2
+
+
+def test_of_equal_scores_the_left_goes_first():
+    mask = select(torch.ones(2, 6), (1, 3), "unstructured")
+    assert mask.int().tolist() == [[0, 0, 0, 0, 1, 1]] * 2
+
+
+@given(st.integers(1, 400), st.integers(1, 16), st.integers(0, 15))
+def test_kept_count_is_the_rounded_share_and_never_nothing(count, n, extra):
+    m = n + extra
+    kept = kept_count(count, (n, m))
+    assert 1 <= kept <= count
+    assert abs(kept - count * n / m) <= 0.5 or kept == 1
+
+
+def test_an_unknown_type_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'structured'"):
+        select(SCORES, (2, 4), "structurd")
