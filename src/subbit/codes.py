@@ -38,6 +38,10 @@ def _residual(params: Tensor, groups: int) -> Tensor:
     return torch.stack((low - alpha2, high - alpha2, low + alpha2, high + alpha2), -1).flatten(-2)
 
 
+def _symmetric_residual(params: Tensor, groups: int) -> Tensor:
+    return _residual(torch.nn.functional.pad(params, (0, groups)), groups)
+
+
 def _free(params: Tensor, groups: int) -> Tensor:
     return params
 
@@ -83,6 +87,8 @@ LEVEL_KINDS: dict[str, LevelKind] = {
     # mu_g -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1.., mu_1..);
     # index = sign1 + 2 * sign2 + 4 * group
     "residual": LevelKind(3, 4, (2, 2), _residual),
+    # -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1..); index as in "residual"
+    "symmetric_residual": LevelKind(2, 4, (2, 2), _symmetric_residual),
     # any values; `groups` = number of levels; index = level
     "free": LevelKind(1, 1, (), _free),
     # (i - zero) * scale for i = 0..groups-1; parameters (scale, zero), zero one of the i;
@@ -133,7 +139,9 @@ class CompressedLinear:
             number only where single weights are salient.
         structured: True where whole columns are pruned and nothing else: every column has only
             codes 0 or none.
-        column_scale: float16 `(cols,)` or None; multiplies every level of its column.
+        column_scale: float16 or None: `(cols,)` multiplies every level of its column; `(S, cols)`
+            multiplies in a column parameter k < S of its level record by row k, and goes with
+            whole salient columns or none.
         record: JSON-able facts about the fit (loss, salient share, damping, ...).
     """
 
@@ -165,6 +173,8 @@ class CompressedLinear:
 
     def dequantize(self) -> Tensor:
         """Return the dense weight these codes mean, float32 `(rows, cols)`."""
+        if self.column_scale is not None and self.column_scale.dim() == 2:
+            return self._dequantize_scaled(self.column_scale.float())
         table, index = _with_zero(self.levels), self.codes.long()
         if self.salient is None or self.salient_levels is None:
             dense = _look_up(table, index, self.group_size)
@@ -178,6 +188,21 @@ class CompressedLinear:
             special = _with_zero(self.salient_levels)
             dense[row, col] = special[row, group, index[row, col]]
         return dense if self.column_scale is None else dense * self.column_scale.float()
+
+    def _dequantize_scaled(self, scale: Tensor) -> Tensor:
+        """Where every column has its own levels: one column group at a time."""
+        dense = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
+        for group, start in enumerate(range(0, self.shape[1], self.group_size)):
+            columns = slice(start, start + self.group_size)
+            codes, factors = self.codes[:, columns].long().unsqueeze(-1), scale[:, columns]
+            value = _scaled(self.levels, group, factors)
+            part = value.gather(-1, codes.clamp_max(self.levels.count)).squeeze(-1)
+            if self.salient is not None and self.salient_levels is not None:
+                special = self.salient[columns]
+                value = _scaled(self.salient_levels, group, factors[:, special])
+                part[:, special] = value.gather(-1, codes[:, special]).squeeze(-1)
+            dense[:, columns] = part
+        return dense
 
 
 @dataclass(frozen=True)
@@ -225,6 +250,16 @@ Compressed = CompressedLinear | SparseLinear
 def _with_zero(levels: LevelTable) -> Tensor:
     """What codes 0, 1, ... mean, float32 `(rows, ngroups, 1 + L)`."""
     return torch.nn.functional.pad(levels.values(), (1, 0))
+
+
+def _scaled(levels: LevelTable, group: int, factors: Tensor) -> Tensor:
+    """What codes 0, 1, ... mean in each column of a group, float32 `(rows, b, 1 + L)`."""
+    params = levels.params[:, group].float()
+    count = params.shape[1]
+    factors = factors[:count].T  # (b, S)
+    factors = torch.nn.functional.pad(factors, (0, count - factors.shape[1]), value=1.0)
+    values = LEVEL_KINDS[levels.kind].expand(params.unsqueeze(1) * factors, levels.groups)
+    return torch.nn.functional.pad(values, (1, 0))
 
 
 def _look_up(table: Tensor, index: Tensor, group_size: int) -> Tensor:

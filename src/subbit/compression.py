@@ -273,7 +273,7 @@ class _Job:
     @property
     def coarse(self) -> bool:
         """Whether the coarse stage has to look at the blocks."""
-        return self.recipe.nm is not None and self.recipe.coarse.allocation != "uniform"
+        return self.recipe.nm is not None and self.recipe.coarse.allocation == "layer_importance"
 
     @property
     def steps(self) -> int:
@@ -341,6 +341,7 @@ class _Job:
             allocation=spec.allocation,
             n_high=spec.n_high,
             n_low=spec.n_low,
+            norms=[_norm(linears) for linears in self.linears],
         )
         self.result.report["mean_kept"] = mean_kept(kept, sizes)
         self.result.report["block_similarities"] = similarities
@@ -461,6 +462,12 @@ class _Job:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+
+def _norm(linears: dict[str, nn.Module]) -> float:
+    """L2 norm of the weights of some linears."""
+    squares = (weight_of(m).float().square().sum(dtype=torch.float64) for m in linears.values())
+    return float(sum(squares)) ** 0.5
 
 
 _VARYING = ("block", "name", "seconds", "peak_rss_bytes")  # of a log line: not part of a record

@@ -112,12 +112,15 @@ class CoarseSpec(_Spec):
     """How the coarse stage shares the budget of kept weights among the decoder blocks.
 
     Attributes:
-        allocation: by layer importance, or the same N everywhere.
-        n_high: the most important block keeps N + n_high (at most M).
-        n_low: the least important block keeps N - n_low (at least 1).
+        allocation: by layer importance (PBS2P), by the norm of the weights (STBLLM's relative
+            importance), half a sine wave falling over the depth, or the same N everywhere.
+        n_high: the most important (sin: the first) block keeps N + n_high (at most M).
+        n_low: the least important (sin: the last) block keeps N - n_low (at least 1).
     """
 
-    allocation: Literal["layer_importance", "uniform"] = "layer_importance"
+    allocation: Literal["layer_importance", "relative_importance", "sin", "uniform"] = (
+        "layer_importance"
+    )
     n_high: int = Field(1, ge=0)
     n_low: int = Field(1, ge=0)
 

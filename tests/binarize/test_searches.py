@@ -3,8 +3,15 @@ import itertools
 import pytest
 import torch
 
-from subbit.binarize.salient import search_salient
-from subbit.binarize.split import label_groups, search_splits
+from subbit.binarize.groups import Split, group_scores, group_weights
+from subbit.binarize.salient import search_salient, search_salient_scores
+from subbit.binarize.spbo import binarize_part
+from subbit.binarize.split import (
+    label_groups,
+    peak_candidates,
+    quantile_candidates,
+    search_splits,
+)
 
 
 @pytest.fixture
@@ -52,7 +59,8 @@ def test_salient_search_respects_its_limits(W):
 @pytest.mark.parametrize("points", [1, 2, 3])
 def test_split_search_is_the_brute_force_optimum(W, points):
     support = torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.7
-    found = search_splits(W, support, points=points, grid=(0.1, 0.9, 33), sigma=1.7)
+    candidates = peak_candidates(W.abs(), support, points=points, grid=(0.1, 0.9, 33), sigma=1.7)
+    found = search_splits(W.abs(), support, candidates)
     peak = float((W.abs() * support).max())
     best, best_error = None, float("inf")
     for i in torch.linspace(0.1, 0.9, 33, dtype=torch.float64):
@@ -66,13 +74,110 @@ def test_split_search_is_the_brute_force_optimum(W, points):
         if error < best_error:
             best, best_error = [x * peak for x in p], error
     assert found.tolist() == pytest.approx(best, rel=1e-5)
-    labels = label_groups(W, found)
+    labels = label_groups(W.abs(), found)
     assert int(labels.max()) <= points
     assert ((labels == 0) == (W.abs() <= found[0])).all()
 
 
 def test_split_search_without_weights_or_points(W):
     nothing = torch.zeros_like(W, dtype=torch.bool)
-    assert search_splits(W, nothing, points=2, grid=(0.1, 0.9, 160), sigma=2.0).tolist() == [0, 0]
-    everything = ~nothing
-    assert search_splits(W, everything, points=0, grid=(0.1, 0.9, 160), sigma=2.0).shape == (0,)
+    grid = (0.1, 0.9, 160)
+    none = peak_candidates(W.abs(), nothing, points=2, grid=grid, sigma=2.0)
+    assert search_splits(W.abs(), nothing, none).tolist() == [0, 0]
+    everything = peak_candidates(W.abs(), ~nothing, points=0, grid=grid, sigma=2.0)
+    assert search_splits(W.abs(), ~nothing, everything).shape == (0,)
+    assert quantile_candidates(W.abs(), nothing, points=1, grid=grid, sigma=2.0).sum() == 0
+
+
+def binarized_error(W, parts, planes, means):
+    """Squared error of binarising the parts, from the binarisation itself."""
+    return sum(
+        float(((W - binarize_part(W, part, planes, means=means).dense()) * part).square().sum())
+        for part in parts
+    )
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_splits_of_scores_are_the_brute_force_optimum(W, planes):
+    score = W.square()
+    support = torch.rand(W.shape, generator=torch.Generator().manual_seed(4)) < 0.8
+    candidates = quantile_candidates(score, support, points=2, grid=(0.1, 0.9, 9), sigma=2.0)
+    errors = [
+        binarized_error(
+            score,
+            [support & (label_groups(score, splits) == group) for group in range(3)],
+            planes,
+            planes,
+        )
+        for splits in candidates
+    ]
+    found = search_splits(score, support, candidates, planes=planes, means=planes)
+    assert found.tolist() == candidates[errors.index(min(errors))].tolist()
+
+
+def test_quantile_candidates_are_quantiles(W):
+    everything = torch.ones_like(W, dtype=torch.bool)
+    shares = torch.linspace(0.1, 0.9, 17).double()
+    expected = torch.quantile(W.abs().flatten().double(), shares).float()
+    found = quantile_candidates(W.abs(), everything, points=1, grid=(0.1, 0.9, 17), sigma=2.0)
+    assert found[:, 0].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    two = quantile_candidates(W.abs(), everything, points=2, grid=(0.1, 0.9, 17), sigma=2.0)
+    assert 0 < len(two) < 17 and (two[:, 1] == 2 * two[:, 0]).all()
+    assert two.max() <= expected[-1]
+
+
+def test_the_naive_search_is_never_worse_than_the_trisection(W):
+    support = torch.ones_like(W, dtype=torch.bool)
+    grid = (0.1, 0.9, 33)  # sigma = 2 stays on this grid
+    tied = peak_candidates(W.abs(), support, points=2, grid=grid, sigma=2.0)
+    free = peak_candidates(W.abs(), support, points=2, grid=grid, sigma=float("inf"))
+    assert len(free) == 33 * 32 // 2
+    results = []
+    for candidates in (tied, free):
+        labels = label_groups(W.abs(), search_splits(W.abs(), support, candidates))
+        results.append(sum(plain_error(W, labels == group) for group in range(3)))
+    assert results[1] < results[0]
+
+
+@pytest.mark.parametrize("planes_rest", [1, 2])
+def test_salient_search_of_scores_is_the_brute_force_optimum(W, planes_rest):
+    score = W.square()
+    order = score.sum(0).argsort(descending=True, stable=True)
+    errors = []
+    for k in range(1, 13):
+        columns = torch.zeros(20, dtype=torch.bool)
+        columns[order[:k]] = True
+        head, rest = columns.expand_as(W), ~columns.expand_as(W)
+        errors.append(
+            binarized_error(score, [head], 2, 2)
+            + binarized_error(score, [rest], planes_rest, planes_rest)
+        )
+    chosen = search_salient_scores(score, 12, planes_rest)
+    assert int(chosen.sum()) == errors.index(min(errors)) + 1
+    assert not search_salient_scores(score, 0, 1).any()
+    assert int(search_salient_scores(score, 1000, 1).sum()) < 20
+
+
+@pytest.mark.parametrize("split_salient", [False, True])
+@pytest.mark.parametrize("on_scores", [False, True])
+def test_groups_part_the_block(W, split_salient, on_scores):
+    split = Split(2, (0.1, 0.9, 40))
+    if on_scores:
+        groups = group_scores(
+            W.square(), limit=9, planes_rest=1, split=split, split_salient=split_salient
+        )
+    else:
+        support = torch.ones_like(W, dtype=torch.bool)
+        groups = group_weights(
+            W, W.square(), support, limit=9, split=split, split_salient=split_salient
+        )
+    assert 0 < int(groups.salient.sum()) <= 9
+    for salient, count in ((False, 3), (True, 1 + split_salient)):
+        supports = groups.supports(salient)
+        columns = groups.salient if salient else ~groups.salient
+        assert supports.shape == (count, 7, int(columns.sum()))
+        assert (supports.sum(0) == 1).all() and supports.any((1, 2)).all()
+        sizes = W.abs()[:, columns]
+        if not on_scores:
+            for low, high in itertools.pairwise(supports):
+                assert sizes[low].max() < sizes[high].min()

@@ -55,6 +55,23 @@ def test_plain_binarisation_is_mean_sign_and_mean_magnitude(problem):
     assert part.params[4].tolist() == [0, 0, 0]
 
 
+def test_means_of_the_passes(problem):
+    W, _, support = problem
+    w = W[0][support[0]]
+    none, once, twice = (binarize_part(W, support, 2, means=means) for means in (0, 1, 2))
+    assert (none.params[:, 0] == 0).all()
+    assert float(none.params[0, 1]) == pytest.approx(float(w.abs().mean()), rel=1e-5)
+    left = w - once.params[0, 0] - once.params[0, 1] * once.signs[0, 0][support[0]]
+    assert float(twice.params[0, 0]) == pytest.approx(float(once.params[0, 0] + left.mean()))
+    second = float((left - left.mean()).abs().mean())
+    assert float(twice.params[0, 2]) == pytest.approx(second, rel=1e-5)
+    dense = twice.dense()
+    assert (dense[~support] == 0).all()
+    levels = {s * twice.params[0, 1] + t * twice.params[0, 2] for s in (-1, 1) for t in (-1, 1)}
+    for value in dense[0][support[0]] - twice.params[0, 0]:
+        assert min(abs(float(value - level)) for level in levels) < 1e-5
+
+
 def loss(W, S, part, kept):
     mu, alpha = part.params[..., :1], part.params[..., 1:]
     R = (W - mu - (alpha.unsqueeze(-1) * part.signs).sum(-2)) * kept

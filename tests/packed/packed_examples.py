@@ -15,6 +15,7 @@ TABLES = [
     ("symmetric", 3),
     ("residual", 1),
     ("residual", 3),
+    ("symmetric_residual", 2),
     ("free", 1),
     ("free", 2),
     ("free", 3),
@@ -63,6 +64,7 @@ def make_linear(
     elements: bool = False,
     salient_group_size: int | None = None,
     column_scale: bool = False,
+    scaled_params: int = 0,
 ) -> CompressedLinear:
     """Random codes and levels; a fifth of the columns salient if there is a salient table.
 
@@ -95,6 +97,8 @@ def make_linear(
     codes = (codes * keep).to(torch.uint8)
     table = _levels(levels, rows, groups, g)
     scale = torch.randn(cols, generator=g).half() if column_scale else None
+    if scaled_params and not elements:
+        scale = torch.randn(scaled_params, cols, generator=g).half()
     size = salient_group_size if salient is not None and elements else None
     return CompressedLinear(codes, table, group_size, nm, columns, extra, size, structured, scale)
 
@@ -146,6 +150,7 @@ def linears() -> st.SearchStrategy[Compressed]:
         elements=st.booleans(),
         salient_group_size=st.sampled_from([None, 32, 1000]),
         column_scale=st.booleans(),
+        scaled_params=st.sampled_from([0, 0, 1, 4]),
     ).filter(_storable)
     return coded | sparse
 

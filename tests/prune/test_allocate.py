@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from subbit.errors import RecipeError
 from subbit.prune.allocate import allocate, mean_kept
@@ -44,3 +46,43 @@ def test_uniform_and_unknown():
     assert allocate([0.1, 0.2], [1, 1], (6, 8), allocation="uniform") == [6, 6]
     with pytest.raises(RecipeError, match="uniform"):
         allocate([0.1], [1], (6, 8), allocation="unifrom")
+
+
+def test_relative_importance_is_eq_of_section_3_3_scaled_to_the_budget():
+    norms, R = [5.0, 3.0, 1.0, 1.0], 4 / 8
+    printed = [8 * (a / 10 + (1 - a / 10) * R) for a in norms]
+    assert sum(printed) / 4 > 4  # as printed it overshoots
+    scaled = [4 * x / (sum(printed) / 4) for x in printed]
+    assert scaled == pytest.approx([4.8, 4.16, 3.52, 3.52])
+    # of 16, rounding down gives 14; the two that lost most get one more
+    kept = allocate([], [1] * 4, (4, 8), allocation="relative_importance", norms=norms)
+    assert kept == [5, 4, 4, 3]
+
+
+def test_equal_norms_are_uniform():
+    kept = allocate([], [3] * 30, (5, 8), allocation="relative_importance", norms=[2.0] * 30)
+    assert kept == [5] * 30
+    assert allocate([], [3], (5, 8), allocation="relative_importance", norms=[0.0]) == [5]
+
+
+def test_sin_falls_over_the_depth_and_holds_the_budget():
+    kept = allocate([], [1] * 30, (4, 8), allocation="sin")
+    assert kept == sorted(kept, reverse=True)
+    assert (kept[0], kept[-1]) == (5, 3)
+    assert kept.count(4) == 10 and mean_kept(kept, [1] * 30) == 4
+    wide = allocate([], [1] * 9, (4, 8), allocation="sin", n_high=3, n_low=3)
+    assert (wide[0], wide[4], wide[-1]) == (7, 4, 1)
+    assert allocate([], [1], (4, 8), allocation="sin") == [4]
+
+
+@pytest.mark.parametrize("allocation", ["relative_importance", "sin"])
+@given(data=st.data())
+def test_every_allocation_stays_within_one_and_m_and_the_budget(allocation, data):
+    m = data.draw(st.integers(1, 16))
+    n = data.draw(st.integers(1, m))
+    count = data.draw(st.integers(1, 12))
+    sizes = data.draw(st.lists(st.integers(1, 1000), min_size=count, max_size=count))
+    norms = data.draw(st.lists(st.floats(0, 1e3), min_size=count, max_size=count))
+    kept = allocate([], sizes, (n, m), allocation=allocation, norms=norms, n_high=2, n_low=3)
+    assert all(1 <= k <= m for k in kept)
+    assert mean_kept(kept, sizes) <= n

@@ -110,15 +110,12 @@ def sweep(W: Tensor, S: Tensor, coding: Coding, m: int, remask: bool) -> Coding:
     lowers the objective.
     """
     levels = (coding.params @ coding.basis()).T.contiguous()  # (T, rows)
-    offsets = coding.offsets()
-    codes = coding.codes.T.clone()  # (b, rows): a column is contiguous
-    q = levels.gather(0, codes + offsets[:, None])
-    RS = (S @ (W.T - q)).contiguous()  # (b, rows), S is symmetric
-    sizes = [1 + g * LEVEL_KINDS[k].levels_per_group for k, g in coding.tables]
-    tables = [levels[1 : sizes[0]]]
-    if len(sizes) > 1:
-        tables.append(levels[sizes[0] + 1 :])
-    table_of = [tables[int(s)] for s in coding.salient.tolist()]
+    codes = coding.codes.T.contiguous()  # (b, rows): a column is contiguous
+    q = levels.gather(0, codes + coding.offsets()[:, None])
+    RS = S @ (W.T - q)  # S is symmetric
+    sizes = [1 + groups * LEVEL_KINDS[kind].levels_per_group for kind, groups in coding.tables]
+    tables = [_Table(part[1:]) for part in levels.split(sizes)]
+    table_of = [tables[int(flag)] for flag in coding.salient.tolist()]
     for start in range(0, len(codes), m):
         stop = min(start + m, len(codes))
         group = _Group(codes, q, RS, S, table_of, start, stop)
@@ -126,15 +123,35 @@ def sweep(W: Tensor, S: Tensor, coding: Coding, m: int, remask: bool) -> Coding:
         if remask:
             group.exchange()
         group.descend()
-        change = q[start:stop] - before
-        local = RS[start:stop].clone()
-        RS.addmm_(S[:, start:stop], change, alpha=-1)
-        RS[start:stop] = local  # these were kept up to date inside the group
+        RS.addmm_(S[:, start:stop], q[start:stop] - before, alpha=-1)
     return replace(coding, codes=codes.T.contiguous())
 
 
+class _Table:
+    """The levels of every row, sorted, so that the middles between neighbours decide.
+
+    Args:
+        levels: `(L, rows)`.
+    """
+
+    def __init__(self, levels: Tensor) -> None:
+        self.values, self.order = levels.sort(dim=0, stable=True)
+        self.middles = (self.values[1:] + self.values[:-1]) / 2
+
+    def nearest(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Code (1-based) and value of the level nearest to `target` `(..., rows)`."""
+        shape = (len(self.middles), *[1] * (target.ndim - 1), target.shape[-1])
+        index = (target > self.middles.view(shape)).sum(0)
+        flat = index.view(-1, target.shape[-1])
+        code = self.order.gather(0, flat).view(target.shape) + 1
+        return code, self.values.gather(0, flat).view(target.shape)
+
+
 class _Group:
-    """M consecutive columns of a sweep; all tensors `(columns, rows)`, changed in place."""
+    """M consecutive columns of a sweep; codes and q are views `(columns, rows)`, changed in place.
+
+    Its rows of RS are a copy that is kept up to date while the group is worked on.
+    """
 
     def __init__(
         self,
@@ -142,22 +159,24 @@ class _Group:
         q: Tensor,
         RS: Tensor,
         S: Tensor,
-        table_of: list[Tensor],
+        table_of: list[_Table],
         start: int,
         stop: int,
     ) -> None:
-        self.codes, self.q, self.RS = codes[start:stop], q[start:stop], RS[start:stop]
+        self.codes, self.q, self.RS = codes[start:stop], q[start:stop], RS[start:stop].clone()
         self.S = S[start:stop, start:stop]
         self.curvature = self.S.diagonal().clamp_min(torch.finfo(S.dtype).tiny)
         self.tables = table_of[start:stop]
 
     def descend(self) -> None:
         """Give every kept weight the level nearest to its conditional optimum."""
+        kept = self.codes > 0
         for c, table in enumerate(self.tables):
-            target = self.q[c] + self.RS[c] / self.curvature[c]
-            code, value = _nearest(table, target)
-            kept = self.codes[c] > 0
-            self._set(c, torch.where(kept, code, 0), torch.where(kept, value, 0.0))
+            code, value = table.nearest(self.q[c] + self.RS[c] / self.curvature[c])
+            value = value * kept[c]
+            self.RS.addr_(self.S[:, c], value - self.q[c], alpha=-1)
+            self.codes[c] = code * kept[c]
+            self.q[c] = value
 
     def exchange(self) -> None:
         """Prune one kept weight and keep a pruned one instead, where that pays most.
@@ -166,51 +185,23 @@ class _Group:
         level v then gains `S_jj (t^2 - (t - v)^2)` with `t = (RS)_j / S_jj`.
         """
         kept = self.codes > 0
-        cost = self.q * (2 * self.RS + self.q * self.curvature[:, None])  # (g, rows)
         size, rows = self.codes.shape
-        best = torch.zeros(rows, dtype=self.q.dtype, device=self.q.device)
-        out = torch.full((rows,), -1, dtype=torch.long, device=self.q.device)
-        into, new = out.clone(), out.clone()
-        value = torch.zeros_like(best)
-        for j, table in enumerate(self.tables):
-            t = (self.RS[j] + self.q * self.S[:, j, None]) / self.curvature[j]  # (g, rows): i gone
-            code, v = _nearest(table, t)
-            change = cost - self.curvature[j] * (t.square() - (t - v).square())
-            change = change.masked_fill(~kept | kept[j], torch.inf)
-            least, i = change.min(0)
-            better = least < best
-            best = torch.where(better, least, best)
-            out, into = torch.where(better, i, out), torch.where(better, j, into)
-            new = torch.where(better, code.gather(0, i[None])[0], new)
-            value = torch.where(better, v.gather(0, i[None])[0], value)
-        moved = out >= 0
-        zero = torch.zeros_like(value)
-        for c in range(size):
-            leaves, enters = moved & (out == c), moved & (into == c)
-            code = torch.where(enters, new, torch.where(leaves, 0, self.codes[c]))
-            self._set(c, code, torch.where(enters, value, torch.where(leaves, zero, self.q[c])))
-
-    def _set(self, c: int, code: Tensor, value: Tensor) -> None:
-        change = value - self.q[c]
-        self.codes[c] = code
-        self.q[c] = value
-        self.RS.addr_(self.S[:, c], change, alpha=-1)
-
-
-def _nearest(table: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The code (1-based) and value of the level nearest to `target`; the first one on a tie.
-
-    Args:
-        table: `(L, rows)`.
-        target: `(..., rows)`.
-    """
-    value = table[0].expand_as(target)
-    code = torch.ones_like(target, dtype=torch.long)
-    distance = (target - value).abs()
-    for level in range(1, len(table)):
-        other = (target - table[level]).abs()
-        closer = other < distance
-        distance = torch.where(closer, other, distance)
-        value = torch.where(closer, table[level], value)
-        code = torch.where(closer, level + 1, code)
-    return code, value
+        cost = self.q * (2 * self.RS + self.q * self.curvature[:, None])  # (i, rows)
+        # (j, i, rows): conditional optimum of j once i is gone
+        t = self.RS[:, None] + self.S[:, :, None] * self.q[None]
+        t = t / self.curvature[:, None, None]
+        nearest = [table.nearest(target) for table, target in zip(self.tables, t)]
+        code, v = (torch.stack(parts) for parts in zip(*nearest))
+        change = cost[None] - self.curvature[:, None, None] * (v * (2 * t - v))
+        change = change.masked_fill(~kept[None] | kept[:, None], torch.inf)
+        least, pair = change.view(-1, rows).min(0)
+        moved = least < 0
+        into, out = pair // size, pair % size
+        column = torch.arange(size, device=pair.device)[:, None]
+        enters, leaves = moved & (column == into), moved & (column == out)
+        pick = pair[None]
+        new_code, new_value = code.view(-1, rows).gather(0, pick), v.view(-1, rows).gather(0, pick)
+        q = torch.where(enters, new_value, self.q * ~leaves)
+        self.RS.addmm_(self.S, q - self.q, alpha=-1)
+        self.codes.copy_(torch.where(enters, new_code, self.codes * ~leaves))
+        self.q.copy_(q)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-__all__ = ["search_salient"]
+__all__ = ["search_salient", "search_salient_scores"]
+
+_STRIPE = 64  # rows whose binarisations for all counts are held at once
 
 
 def search_salient(W: Tensor, score: Tensor, support: Tensor, limit: int) -> Tensor:
@@ -37,3 +39,53 @@ def search_salient(W: Tensor, score: Tensor, support: Tensor, limit: int) -> Ten
     best = int(explained.sum(0, dtype=torch.float64).argmax()) + 1
     salient[order[:best]] = True
     return salient
+
+
+def search_salient_scores(score: Tensor, limit: int, planes_rest: int) -> Tensor:
+    """Choose the salient columns of a block as published code does: on the scores alone.
+
+    Counts 1..limit are tried as in `search_salient`, but what is binarised is the score matrix
+    itself: the salient columns in two planes, the others in `planes_rest`, each pass with a mean.
+
+    Args:
+        score: importance, float32 `(rows, b)`, >= 0.
+        limit: most salient columns allowed; 0 = none.
+        planes_rest: 1 or 2.
+
+    Returns:
+        bool `(b,)`.
+    """
+    cols = score.shape[1]
+    limit = min(limit, cols - 1)
+    if limit < 1:
+        return torch.zeros(cols, dtype=torch.bool, device=score.device)
+    order = torch.argsort(score.sum(0), descending=True, stable=True)
+    head = torch.ones(limit, cols, dtype=score.dtype, device=score.device).tril().unsqueeze(1)
+    explained = torch.zeros(limit, dtype=torch.float64, device=score.device)
+    for rows in score[:, order].split(_STRIPE):
+        explained += _explained(rows[:, :limit], head[..., :limit], 2)
+        explained += _explained(rows, 1 - head, planes_rest)
+    salient = torch.zeros(cols, dtype=torch.bool, device=score.device)
+    salient[order[: int(explained.argmax()) + 1]] = True
+    return salient
+
+
+def _explained(values: Tensor, support: Tensor, planes: int) -> Tensor:
+    """Squares that binarising takes away, summed over rows, float64 `(counts,)`.
+
+    A pass with mean m and mean magnitude a takes away `n (m^2 + a^2)` of a row's n values.
+
+    Args:
+        values: `(rows, b)`; support: 0 or 1, `(counts, 1, b)`.
+    """
+    count = support.sum(-1)  # (counts, 1)
+    left = values * support
+    total = torch.zeros(len(support), dtype=torch.float64, device=values.device)
+    for i in range(planes):
+        mean = left.sum(-1) / count
+        left = torch.addcmul(left, mean.unsqueeze(-1), support, value=-1)
+        alpha = left.abs().sum(-1) / count
+        total += (count * (mean.square() + alpha.square())).sum(-1, dtype=torch.float64)
+        if i + 1 < planes:
+            left = torch.addcmul(left, alpha.unsqueeze(-1) * support, left.sign(), value=-1)
+    return total

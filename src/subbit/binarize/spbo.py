@@ -29,20 +29,31 @@ class Part:
     signs: Tensor
     params: Tensor
 
+    def dense(self) -> Tensor:
+        """What the planes add up to, float32 `(..., rows, b)`, 0 off the support."""
+        mu, alphas = self.params[..., :1], self.params[..., 1:, None]
+        return mu * self.support + (alphas * self.signs).sum(-2)
 
-def binarize_part(W: Tensor, support: Tensor, planes: int) -> Part:
+
+def binarize_part(W: Tensor, support: Tensor, planes: int, means: int = 1) -> Part:
     """Plain (residual) binarisation of a part (PBS2P Eq. 1): mean, then sign and mean magnitude.
 
     Args:
         W: float32 `(rows, b)`.
         support: bool `(..., rows, b)`; rows may be empty (their parameters are 0).
         planes: 1, or 2 for residual binarisation.
+        means: how many of the passes subtract the mean of what they are given: 0 as BiLLM and
+            STBLLM print it, 1 as PBS2P does, all of them in the published code of BiLLM.
     """
     count = support.sum(-1).clamp_min(1)
-    mu = (W * support).sum(-1) / count
-    residual = (W - mu.unsqueeze(-1)) * support
+    residual = W * support
+    mu = torch.zeros(residual.shape[:-1], dtype=W.dtype, device=W.device)
     signs, params = [], [mu]
-    for _ in range(planes):
+    for i in range(planes):
+        if i < means:
+            mean = residual.sum(-1) / count
+            mu = params[0] = mu + mean
+            residual = (residual - mean.unsqueeze(-1)) * support
         sign = torch.where(residual >= 0, 1.0, -1.0) * support
         alpha = residual.abs().sum(-1) / count
         residual = residual - alpha.unsqueeze(-1) * sign

@@ -3,63 +3,108 @@
 import torch
 from torch import Tensor
 
-__all__ = ["label_groups", "search_splits"]
+from subbit.binarize.intervals import SortedRows
+
+__all__ = ["label_groups", "peak_candidates", "quantile_candidates", "search_splits"]
+
+_INTERVALS_AT_ONCE = 1 << 19  # rows x intervals that are measured together
+
+
+def peak_candidates(
+    values: Tensor, support: Tensor, *, points: int, grid: tuple[float, float, int], sigma: float
+) -> Tensor:
+    """Candidate split points as shares of the largest value (STBLLM Alg. 2).
+
+    `p1 = i * max` for i in `linspace(*grid)`, `p2 = sigma p1`, `p3 = sigma p2`..., left out where
+    the last one passes 0.9 max; where none is allowed, the first alone. With `sigma = inf` (the
+    naive search) the points are instead all ascending choices from the grid.
+
+    Args:
+        values: float32 `(rows, b)`, >= 0; support: bool `(rows, b)`.
+
+    Returns:
+        float32 `(candidates, points)`, ascending in each row.
+    """
+    shares = torch.linspace(grid[0], grid[1], int(grid[2]), dtype=torch.float64)
+    if sigma == float("inf"):
+        candidates = _choices(shares, points)
+    else:
+        ratios = torch.tensor([float(sigma) ** j for j in range(points)], dtype=torch.float64)
+        candidates = shares[:, None] * ratios
+    allowed = candidates[candidates[:, -1] <= 0.9] if points else candidates
+    candidates = allowed if len(allowed) else candidates[:1]
+    peak = torch.where(support, values, 0.0).max()
+    return candidates.float().to(values.device) * peak
+
+
+def quantile_candidates(
+    values: Tensor, support: Tensor, *, points: int, grid: tuple[float, float, int], sigma: float
+) -> Tensor:
+    """Candidate split points as published code takes them: quantiles.
+
+    `p1` = the quantiles `linspace(*grid)` of the values, interpolated linearly; the other points
+    as in `peak_candidates`, left out where the last one passes the highest quantile.
+
+    Args:
+        values: float32 `(rows, b)`, >= 0; support: bool, broadcastable to it: whose quantiles.
+    """
+    shares = torch.linspace(grid[0], grid[1], int(grid[2]), dtype=torch.float32).double()
+    quantiles = _quantiles(values[support.expand_as(values)], shares.to(values.device))
+    if sigma == float("inf"):
+        return _choices(quantiles, points)
+    ratios = [float(sigma) ** j for j in range(points)]
+    candidates = quantiles[:, None] * torch.tensor(ratios, device=values.device)
+    allowed = candidates[candidates[:, -1] <= quantiles[-1]]
+    return allowed if len(allowed) else candidates[:1]
 
 
 def search_splits(
-    W: Tensor, support: Tensor, *, points: int, grid: tuple[float, float, int], sigma: float
+    values: Tensor, support: Tensor, candidates: Tensor, *, planes: int = 1, means: int = 0
 ) -> Tensor:
-    """Find the split points of a block (STBLLM Alg. 2, NonSalientAwareQuant).
-
-    Candidates are `p1 = i * max|W|` for i in `linspace(*grid)` with `p2 = sigma p1`,
-    `p3 = sigma p2` ..., left out where the last one passes 0.9 max|W|. All candidates are measured
-    at once from cumulative sums: the squared error when every group of a row is binarised to
-    +-mean|w|, summed over rows.
+    """Choose the split points whose groups leave the least squared error when binarised.
 
     Args:
-        W: float32 `(rows, b)`.
-        support: bool `(rows, b)`: the weights that count.
-        points: number of split points (groups - 1); 0 = none.
-        grid: first and last i, and how many.
-        sigma: ratio of consecutive split points.
+        values: float32 `(rows, b)`; >= 0 where `means` is 0.
+        support: bool `(rows, b)`: the values that count.
+        candidates: `(candidates, points)`, ascending in each row.
+        planes, means: how a group of a row is binarised, as in `spbo.binarize_part`.
 
     Returns:
-        float32 `(points,)`, ascending. Where no candidate is allowed, the smallest one.
+        float32 `(points,)`: the best candidate, the first one on a tie.
     """
-    magnitude = W.abs() * support
-    peak = magnitude.max()
-    if points == 0 or peak == 0:
-        return torch.zeros(points, device=W.device)
-    first, last, steps = grid
-    p1 = torch.linspace(first, last, int(steps), dtype=torch.float64)
-    ratios = torch.tensor([float(sigma) ** j for j in range(points)], dtype=torch.float64)
-    candidates = p1[:, None] * ratios  # (steps, points)
-    allowed = candidates[candidates[:, -1] <= 0.9]
-    candidates = (allowed if len(allowed) else candidates[:1]).float().to(W.device) * peak
-    sums, counts = _cumulative(magnitude, support, candidates)
-    explained = (sums.square() / counts.clamp_min(1)).sum((0, 2), dtype=torch.float64)
-    return candidates[int(explained.argmax())]
-
-
-def label_groups(W: Tensor, splits: Tensor) -> Tensor:
-    """Group of every weight by magnitude: 0 = smallest; uint8, shape of W. `|w| = p` goes below."""
-    return torch.bucketize(W.abs(), splits).to(torch.uint8)
-
-
-def _cumulative(magnitude: Tensor, support: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of |w| and counts per row, candidate and group: `(rows, candidates, points + 1)`."""
-    rows = magnitude.shape[0]
     edges, position = candidates.flatten().unique(return_inverse=True)
-    bins = torch.bucketize(magnitude, edges)  # 0..len(edges)
-    sums = magnitude.new_zeros(rows, len(edges) + 1).scatter_add_(1, bins, magnitude).cumsum(1)
-    ones = support.to(magnitude.dtype)
-    counts = magnitude.new_zeros(rows, len(edges) + 1).scatter_add_(1, bins, ones).cumsum(1)
-    position = position.view(candidates.shape)
+    last = len(edges) + 1
+    bounds = torch.nn.functional.pad(position.view(candidates.shape) + 1, (1, 0))
+    bounds = torch.nn.functional.pad(bounds, (0, 1), value=last)  # (candidates, points + 2)
+    pairs = bounds[:, :-1] * (last + 1) + bounds[:, 1:]
+    intervals, which = pairs.unique(return_inverse=True)
+    lo, hi = intervals // (last + 1), intervals % (last + 1)
+    explained = torch.zeros(len(intervals), dtype=torch.float64, device=values.device)
+    stripe = max(1, _INTERVALS_AT_ONCE // len(intervals))
+    for part, kept in zip(values.split(stripe), support.split(stripe)):
+        rows = SortedRows(part, kept)
+        ends = torch.nn.functional.pad(rows.upto(edges), (1, 0))
+        ends = torch.cat((ends, rows.count), 1)
+        explained += rows.explained(ends[:, lo], ends[:, hi], planes, means).sum(0)
+    return candidates[int(explained[which].sum(1).argmax())]
 
-    def between(cumulative: Tensor) -> Tensor:
-        upto = torch.cat(
-            (cumulative[:, position], cumulative[:, -1:, None].expand(-1, len(position), 1)), -1
-        )
-        return torch.diff(upto, dim=-1, prepend=torch.zeros_like(upto[..., :1]))
 
-    return between(sums), between(counts)
+def label_groups(values: Tensor, splits: Tensor) -> Tensor:
+    """Group of every value: 0 = smallest; uint8, shape of `values`. A value at a point is below."""
+    return torch.bucketize(values, splits).to(torch.uint8)
+
+
+def _choices(shares: Tensor, points: int) -> Tensor:
+    """All ascending choices of `points` of the shares, `(choices, points)`."""
+    return torch.combinations(shares, points)
+
+
+def _quantiles(values: Tensor, shares: Tensor) -> Tensor:
+    """Quantiles of all values, by linear interpolation, float32; 0 where there are no values."""
+    if values.numel() == 0:
+        return torch.zeros(len(shares), device=values.device)
+    ordered = values.sort().values.double()
+    position = shares * (len(ordered) - 1)
+    below = position.floor().long()
+    above = (below + 1).clamp_max(len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], position - below).float()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from subbit.binarize.arb import refine
 from subbit.binarize.spbo import binarize_part
 
 __all__ = ["fit_alternating", "fit_exact"]
@@ -19,15 +20,7 @@ def fit_alternating(W: Tensor, support: Tensor, iterations: int = 50) -> Tensor:
     Returns:
         The fitted matrix, 0 off the support.
     """
-    part = binarize_part(W, support, 1)
-    count = support.sum(-1, keepdim=True).clamp_min(1)
-    mu, alpha = (p.unsqueeze(-1) for p in part.params.unbind(-1))
-    B = part.signs.squeeze(-2)
-    for _ in range(iterations):
-        mu = mu + ((W - alpha * B - mu) * support).sum(-1, keepdim=True) / count
-        alpha = (B * (W - mu)).sum(-1, keepdim=True) / count
-        B = torch.where(mu <= W, 1.0, -1.0) * support
-    return (mu + alpha * B) * support
+    return refine(W, binarize_part(W, support, 1), iterations).dense()
 
 
 def fit_exact(W: Tensor, support: Tensor) -> Tensor:

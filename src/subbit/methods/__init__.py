@@ -4,17 +4,22 @@ from typing import Any
 
 from subbit.errors import RecipeError, nearest
 from subbit.methods.alps import ALPS
+from subbit.methods.arb import ARB
 from subbit.methods.awq import AWQ
 from subbit.methods.base import LinearStats, Method, Options, Settings
+from subbit.methods.billm import BiLLM
 from subbit.methods.dsnot import DSnoT
 from subbit.methods.gptq import GPTQ
 from subbit.methods.magnitude import Magnitude
+from subbit.methods.pbllm import PBLLM
 from subbit.methods.pbs2p import PBS2P
 from subbit.methods.pbs2p_plus import PBS2PPlus
 from subbit.methods.random_mask import RandomMask
 from subbit.methods.rtn import RTN
 from subbit.methods.sparsegpt import SparseGPT
+from subbit.methods.stbllm import STBLLM
 from subbit.methods.wanda import Wanda
+from subbit.methods.xnor import XNOR
 
 __all__ = ["METHODS", "LinearStats", "Method", "Options", "Settings", "list_methods", "make_method"]
 
@@ -23,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         *(RTN, GPTQ, AWQ),
         *(RandomMask, Magnitude, Wanda, SparseGPT, DSnoT, ALPS),
+        *(XNOR, PBLLM, BiLLM, ARB, STBLLM),
         *(PBS2P, PBS2PPlus),
     )
 }

@@ -42,7 +42,7 @@ class GPTQ(Method):
     ) -> CompressedLinear:
         bits, blocksize = self.options.bits, self.settings.blocksize
         factor = factorize(stats.H, self.settings.percdamp)
-        whole = None if self.options.group == "block" else fit_grid(W, bits)
+        whole = None if self.options.group == "block" else fit_grid(W, 2**bits)
         blocks = run_blocks(
             W,
             factor,
@@ -68,11 +68,11 @@ class _Rounded:
 
 
 def _round_block(block: BlockView, bits: int, whole: Tensor | None) -> _Rounded:
-    params = fit_grid(block.W, bits) if whole is None else whole
+    params = fit_grid(block.W, 2**bits) if whole is None else whole
     index = torch.empty_like(block.W)
 
     def replace(W: Tensor, j: int) -> Tensor:
-        index[:, j] = round_to_grid(W[j], params, bits)
+        index[:, j] = round_to_grid(W[j], params, 2**bits)
         return grid_values(index[:, j], params)
 
     sweep_columns(block, replace)

@@ -25,32 +25,33 @@ class GridOptions(Options):
     group: Literal["block", "row"] = "block"
 
 
-def fit_grid(W: Tensor, bits: int) -> Tensor:
+def fit_grid(W: Tensor, levels: int) -> Tensor:
     """The grid from the smallest to the largest weight of each row, 0 among them.
 
     Args:
         W: float32 `(rows, b)`, the weights that share a grid.
+        levels: how many levels it has.
 
     Returns:
         Scale and zero as they are stored, float16 `(rows, 2)`; scale 0 where all weights are 0 (or
         too small for float16).
     """
     low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
-    top = 2**bits - 1
+    top = levels - 1
     scale = ((high - low) / top).half()
     zero = (-low / scale.float()).nan_to_num(0, 0, 0).round().clamp(0, top)
     return torch.stack((scale, zero.half()), -1)
 
 
-def round_to_grid(w: Tensor, params: Tensor, bits: int) -> Tensor:
+def round_to_grid(w: Tensor, params: Tensor, levels: int) -> Tensor:
     """The nearest level's index, float32 of the shape of w.
 
     Args:
         w: float32 `(rows,)` or `(rows, b)`.
-        params: float16 `(rows, 2)` of `fit_grid`.
+        params: float16 `(rows, 2)` of `fit_grid`; levels: the same as there.
     """
     scale, zero = _parts(w, params)
-    return ((w / scale).nan_to_num(0, 0, 0).round() + zero).clamp(0, 2**bits - 1)
+    return ((w / scale).nan_to_num(0, 0, 0).round() + zero).clamp(0, levels - 1)
 
 
 def grid_values(index: Tensor, params: Tensor) -> Tensor:
@@ -80,6 +81,6 @@ def grid_linear(
 def round_linear(W: Tensor, group_size: int, bits: int) -> CompressedLinear:
     """Round every weight `(rows, cols)` to the nearest level of its group's own grid."""
     parts = W.split(group_size, 1)
-    params = [fit_grid(part, bits) for part in parts]
-    index = [round_to_grid(part, p, bits) for part, p in zip(parts, params, strict=True)]
+    params = [fit_grid(part, 2**bits) for part in parts]
+    index = [round_to_grid(part, p, 2**bits) for part, p in zip(parts, params, strict=True)]
     return grid_linear(torch.cat(index, 1), params, group_size, bits, {})

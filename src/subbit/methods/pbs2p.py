@@ -6,12 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from subbit.binarize.salient import search_salient
+from subbit.binarize.groups import Split, group_weights
 from subbit.binarize.spbo import Part, binarize_part, spbo
-from subbit.binarize.split import label_groups, search_splits
-from subbit.codes import CompressedLinear, LevelTable
+from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, assemble
+from subbit.methods.assemble import CodedBlock, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import Scorer, ranks_in_groups
 
@@ -84,24 +83,18 @@ class PBS2P(Method):
         counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
         width = block.stop - block.start  # the last block may be shorter: same share of columns
         limit = o.salient_max * width // self.settings.blocksize if o.salient else 0
-        salient = search_salient(block.W, score, counted, limit)
-        rest = ~salient
-        W = block.W[:, rest]
-        splits = search_splits(
-            W, counted[:, rest], points=o.split_points, grid=o.split_grid, sigma=o.sigma
+        groups = group_weights(
+            block.W,
+            score,
+            counted,
+            limit=limit,
+            split=Split(o.split_points, o.split_grid, o.sigma),
+            split_salient=False,
         )
-        labels = label_groups(W, splits)
-        group = torch.arange(o.split_points + 1, dtype=labels.dtype, device=labels.device)
-        groups = self._fit(block, rest, labels == group[:, None, None], ranks, m - n, planes=1)
-        pair = self._fit(
-            block,
-            salient,
-            torch.ones(1, 1, dtype=torch.bool, device=W.device),
-            ranks,
-            m - n,
-            planes=2,
-        )
-        return code_block(keep, salient, labels, groups, pair)
+        rest = ~groups.salient
+        ordinary = self._fit(block, rest, groups.supports(False), ranks, m - n, planes=1)
+        pair = self._fit(block, groups.salient, groups.supports(True), ranks, m - n, planes=2)
+        return code_block(groups, keep, ordinary, pair)
 
     def _fit(
         self,
@@ -115,7 +108,6 @@ class PBS2P(Method):
         """Binarise some columns of a block in one or more (stacked) groups of weights."""
         o = self.options
         W, ranks = block.W[:, columns], ranks[:, columns]
-        support = support.expand(*support.shape[:-2], *W.shape)
         if not o.spbo:  # prune in one shot, then binarise what is left (Table 4a)
             return binarize_part(W, support & (ranks >= steps), planes)
         return spbo(
@@ -128,35 +120,3 @@ class PBS2P(Method):
             mask_aware=o.mask_aware,
             target=o.target,
         )
-
-
-def code_block(
-    keep: Tensor, salient: Tensor, labels: Tensor, groups: Part, pair: Part
-) -> CodedBlock:
-    """Turn fitted parts into codes and stored parameters.
-
-    Args:
-        keep: bool `(rows, b)`: what pruning leaves.
-        salient: bool `(b,)`, k of them set.
-        labels: uint8 `(rows, b - k)`: magnitude group of the ordinary weights.
-        groups: the G groups of the ordinary columns, stacked, one plane each.
-        pair: the salient columns, two planes.
-    """
-    codes = torch.zeros_like(keep, dtype=torch.uint8)
-    sign = (groups.signs.squeeze(-2).sum(0) > 0).to(torch.uint8)
-    codes[:, ~salient] = 1 + sign + 2 * labels
-    first, second = (pair.signs > 0).to(torch.uint8).unbind(-2)
-    codes[:, salient] = 1 + first + 2 * second
-    mus, alphas = groups.params.permute(2, 1, 0)  # each (rows, G)
-    mu, alpha1, alpha2 = pair.params.unbind(-1)
-    return CodedBlock(
-        codes=codes * keep,
-        levels=LevelTable("pairs", mus.shape[1], _stored(torch.cat((alphas, mus), -1))),
-        salient=salient,
-        salient_levels=LevelTable("residual", 1, _stored(torch.stack((alpha1, alpha2, mu), -1))),
-    )
-
-
-def _stored(params: Tensor) -> Tensor:
-    """Parameters of one block `(rows, P)` as they are stored: float16 `(rows, 1, P)`."""
-    return params.half().unsqueeze(1)

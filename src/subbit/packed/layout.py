@@ -25,7 +25,8 @@ stream a row:
 - `levels_zero`: these, `ceil(log2 L)` bits each, as one bit stream a row, uint8.
 - `salient`: uint8 `(ceil(cols / 8),)`, a bit a column, column 0 the lowest bit of byte 0.
 - `salient_levels`, `salient_levels_zero`: the same of the salient table.
-- `column_scale`: float16 `(cols,)`.
+- `column_scale`: float16 `(cols,)`, or `(S * cols,)` for factors of S parameters, one after the
+  other.
 
 `sparse.py` has the table of 16-bit values under a mask.
 """
@@ -126,7 +127,8 @@ class Layout(BaseLayout):
         salient_group_size: columns that share one salient record, None = `group_size`; only with
             `salient_elements`.
         kept_columns: number of columns that are not pruned, where whole columns are, or None.
-        column_scale: True if every column has a factor.
+        column_scale: True if every column has factors.
+        scaled_params: number S of parameters that these multiply, 0 = one factor for all levels.
 
     Raises:
         FormatError: a value that means nothing; the message names it.
@@ -143,6 +145,7 @@ class Layout(BaseLayout):
     salient_group_size: int | None = None
     kept_columns: int | None = None
     column_scale: bool = False
+    scaled_params: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "group_size"):
@@ -155,6 +158,9 @@ class Layout(BaseLayout):
         _check_levels("levels", self.levels)
         if self.salient is not None:
             _check_levels("salient", self.salient)
+        check_int("scaled_params", self.scaled_params, 0, MAX_LEVELS)
+        if self.scaled_params and (not self.column_scale or self.salient_elements is not None):
+            raise bad_value("scaled_params", self.scaled_params, "0 without column scales")
         self._check_elements()
 
     def _check_elements(self) -> None:
@@ -236,7 +242,8 @@ class Layout(BaseLayout):
         for extra in salient:
             table |= extra.fields(self.rows)
         if self.column_scale:
-            table["column_scale"] = Field((self.cols,), torch.float16)
+            factors = self.cols * max(self.scaled_params, 1)
+            table["column_scale"] = Field((factors,), torch.float16)
         return table
 
 

@@ -82,7 +82,7 @@ def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
     if linear.salient is not None and layout.salient_elements is None:
         tensors["salient"] = column_bits(linear.salient)
     if linear.column_scale is not None:
-        tensors["column_scale"] = linear.column_scale
+        tensors["column_scale"] = linear.column_scale.flatten()
     return layout, {name: tensors[name].contiguous() for name in layout.fields()}
 
 
@@ -116,6 +116,9 @@ def unpack_rows(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Iterator[Co
         yield from unpack_sparse_rows(layout, tensors, row_chunks(layout))
         return
     columns = decode_salient(layout, tensors)
+    column_scale = tensors.get("column_scale")
+    if column_scale is not None and layout.scaled_params:
+        column_scale = column_scale.view(layout.scaled_params, layout.cols)
     elements, taken = layout.salient_elements, 0
     for start, stop in row_chunks(layout):
         part_layout, part = slice_rows(layout, tensors, start, stop)
@@ -133,7 +136,7 @@ def unpack_rows(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Iterator[Co
             salient_levels[0] if salient_levels else None,
             layout.salient_group_size,
             layout.kept_columns is not None,
-            tensors.get("column_scale"),
+            column_scale,
         )
     if elements is not None and taken != elements:
         raise damaged("code", f"marks {taken} weights as salient instead of {elements}")
@@ -166,11 +169,12 @@ def _layout_of(linear: CompressedLinear) -> Layout:
         salient_group_size=linear.salient_group_size,
         kept_columns=int((codes[0] > 0).sum()) if linear.structured else None,
         column_scale=linear.column_scale is not None,
+        scaled_params=_scaled_params(linear.column_scale),
     )
     for table, levels in zip(layout.tables(), (linear.levels, extra), strict=False):
         _check_params(table, levels, layout.rows)
     if linear.column_scale is not None:
-        _check_scale(linear.column_scale, layout.cols)
+        _check_scale(linear.column_scale, layout)
     return layout
 
 
@@ -198,12 +202,18 @@ def _check_params(table: Table, levels: LevelTable, rows: int) -> None:
         )
 
 
-def _check_scale(scale: Tensor, cols: int) -> None:
-    if scale.dtype != torch.float16 or scale.shape != (cols,):
+def _scaled_params(scale: Tensor | None) -> int:
+    return 0 if scale is None or scale.dim() != 2 else scale.shape[0]
+
+
+def _check_scale(scale: Tensor, layout: Layout) -> None:
+    cols = layout.cols
+    if scale.dtype != torch.float16 or scale.dim() > 2 or scale.shape[-1:] != (cols,):
         raise ValueError(
-            f"column_scale must be float16 ({cols},), not {scale.dtype} {tuple(scale.shape)}."
+            f"column_scale must be float16 ({cols},) or (S, {cols}), not {scale.dtype} "
+            f"{tuple(scale.shape)}."
         )
-    bad = (~scale.isfinite()).nonzero()
+    bad = (~scale.isfinite()).view(-1, cols).any(0).nonzero()
     if len(bad):
         raise FormatError(
             f"column_scale: column {int(bad[0])} has a factor that is not finite in float16; the "

@@ -174,7 +174,7 @@ def _floor(layout: Layout, share: float) -> dict[str, float]:
         floor["label"] += weight * density * log2(table.groups)
     floor["scales"] = sum(table.record_bits * table.records for table in layout.tables()) / cols
     if layout.column_scale:
-        floor["scales"] += 16 / rows
+        floor["scales"] += 16 * max(layout.scaled_params, 1) / rows
     return floor
 
 

@@ -1,13 +1,13 @@
 """Coarse stage: how many of every M weights each decoder block keeps."""
 
 from collections.abc import Sequence
-from math import floor
+from math import cos, floor, pi
 
 from subbit.errors import RecipeError, nearest
 
 __all__ = ["ALLOCATIONS", "allocate", "mean_kept"]
 
-ALLOCATIONS = ("layer_importance", "uniform")
+ALLOCATIONS = ("layer_importance", "relative_importance", "sin", "uniform")
 
 
 def allocate(
@@ -18,18 +18,24 @@ def allocate(
     allocation: str = "layer_importance",
     n_high: int = 1,
     n_low: int = 1,
+    norms: Sequence[float] = (),
 ) -> list[int]:
-    """Give every decoder block its N (PBS2P Eq. 7-8).
+    """Give every decoder block its N, within 1..M and on average at most the target.
 
-    Blocks are ranked by importance = 1 / similarity of hidden state in and out, rank 1 the most
-    important; N falls linearly from `N + n_high` to `N - n_low` over the ranks, rounded half up,
-    and stays within 1..M. If rounding or unequal sizes lift the mean above N, the least important
-    blocks that still can give one up until it does not.
+    - "layer_importance" (PBS2P Eq. 7-8): see `_by_rank`.
+    - "relative_importance" (STBLLM 3.3): `N_i / M = a_i + (1 - a_i) R` with a_i the block's share
+      of all norms and R = N / M. As printed every block gets more than R; the ratios are scaled
+      down to the budget.
+    - "sin" (STBLLM Table 6): half a wave over the depth, from `N + n_high` at the first block
+      down to `N - n_low` at the last.
+    - "uniform": N everywhere.
 
     Args:
-        similarities: mean cosine similarity of each block's input and output.
+        similarities: mean cosine similarity of each block's input and output; of layer importance.
         sizes: compressed weights of each block.
         nm: the target `(N, M)`.
+        n_high, n_low: of layer importance and sin: how far N may go up and down.
+        norms: L2 norm of each block's weights; of relative importance.
     """
     n, m = nm
     if allocation not in ALLOCATIONS:
@@ -38,8 +44,33 @@ def allocate(
         )
     if allocation == "uniform":
         return [n] * len(sizes)
-    count = len(similarities)
     high, low = min(n + n_high, m), max(n - n_low, 1)
+    if allocation == "layer_importance":
+        return _by_rank(similarities, sizes, n, high, low)
+    if allocation == "sin":
+        middle, swing, last = (high + low) / 2, (high - low) / 2, max(len(sizes) - 1, 1)
+        wave = [middle + swing * cos(pi * i / last) for i in range(len(sizes))]
+        return _apportion(wave if len(sizes) > 1 else [n], sizes, nm)
+    total = sum(norms) or 1.0
+    ratios = [norm / total + (1 - norm / total) * n / m for norm in norms]
+    return _apportion([m * ratio for ratio in ratios], sizes, nm)
+
+
+def mean_kept(kept: Sequence[float], sizes: Sequence[int]) -> float:
+    """The weight-averaged N of an allocation."""
+    return sum(k * s for k, s in zip(kept, sizes)) / sum(sizes)
+
+
+def _by_rank(
+    similarities: Sequence[float], sizes: Sequence[int], n: int, high: int, low: int
+) -> list[int]:
+    """N by rank of importance = 1 / similarity of hidden state in and out.
+
+    Rank 1 is the most important; N falls linearly from `high` to `low` over the ranks, rounded
+    half up. If rounding or unequal sizes lift the mean above N, the least important blocks that
+    still can give one up until it does not.
+    """
+    count = len(similarities)
     # ascending similarity = descending 1 / similarity, and stays right where similarity <= 0
     by_importance = sorted(range(count), key=lambda i: (similarities[i], i))
     kept = [n] * count
@@ -52,6 +83,19 @@ def allocate(
     return kept
 
 
-def mean_kept(kept: Sequence[int], sizes: Sequence[int]) -> float:
-    """The weight-averaged N of an allocation."""
-    return sum(k * s for k, s in zip(kept, sizes)) / sum(sizes)
+def _apportion(wanted: Sequence[float], sizes: Sequence[int], nm: tuple[int, int]) -> list[int]:
+    """Whole numbers near the wanted ones, scaled to the budget where these exceed it.
+
+    All are rounded down; then those that lost most get one more, as long as the mean allows it.
+    """
+    n, m = nm
+    scale = min(1.0, n / mean_kept(wanted, sizes))
+    wanted = [min(max(scale * x, 1.0), float(m)) for x in wanted]
+    kept = [floor(x + 1e-9) for x in wanted]
+    while mean_kept(kept, sizes) > n:  # where some were lifted to 1
+        kept[kept.index(max(kept))] -= 1
+    for i in sorted(range(len(kept)), key=lambda i: kept[i] - wanted[i]):
+        kept[i] += 1
+        if kept[i] > m or mean_kept(kept, sizes) > n:
+            kept[i] -= 1
+    return kept

@@ -10,14 +10,15 @@ from subbit.linalg import BlockView, Factor
 
 __all__ = ["METRICS", "Scorer", "standardized_importance"]
 
-METRICS = ("hessian", "wanda", "magnitude", "si", "random")
+METRICS = ("hessian", "wanda", "magnitude", "si", "ria", "random")
 
 
 class Scorer:
     """Scores the weights of one linear, block by block; higher = more important.
 
     Args:
-        metric: one of `METRICS`.
+        metric: one of `METRICS`; "si" is STBLLM's standardised importance, "ria" what its code
+            has in its place (Zhang et al., 2024, with exponent 1/2).
         W: the original weight `(rows, cols)`.
         H: its Gram matrix `(cols, cols)`, undamped.
         factor: the factorisation of H; only the Hessian metric needs it.
@@ -51,6 +52,8 @@ class Scorer:
             self._denominator = _hessian_denominator(factor.U, hessian_score)
         elif metric == "si":
             self._whole = standardized_importance(W, self._input_norm)
+        elif metric == "ria":
+            self._whole = _relative_magnitude(W) * self._input_norm.sqrt()
         elif metric == "random":
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
             self._whole = torch.rand(W.shape, generator=generator).to(W.device)
@@ -85,9 +88,14 @@ def _hessian_denominator(U: Tensor, reading: str) -> Tensor:
 
 def standardized_importance(W: Tensor, input_norm: Tensor) -> Tensor:
     """STBLLM Eq. 3: standardised L1-relative magnitude times the input norm; `(rows, cols)`."""
+    relative = _relative_magnitude(W)
+    spread = relative.std().clamp_min(torch.finfo(W.dtype).tiny)
+    return (relative - relative.mean()) / spread * input_norm
+
+
+def _relative_magnitude(W: Tensor) -> Tensor:
+    """|w| as a share of its row's and of its column's, added up."""
     magnitude = W.abs()
     by_row = magnitude.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     by_column = magnitude.sum(0, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-    relative = magnitude / by_row + magnitude / by_column
-    spread = relative.std().clamp_min(torch.finfo(W.dtype).tiny)
-    return (relative - relative.mean()) / spread * input_norm
+    return magnitude / by_row + magnitude / by_column

@@ -1,0 +1,135 @@
+"""What BiLLM, ARB-LLM and STBLLM share: salient columns, groups by size, and the block loop."""
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from subbit.binarize.groups import Groups, Split, group_scores, group_weights
+from subbit.codes import CompressedLinear
+from subbit.linalg import BlockView, Factor, factorize, run_blocks
+from subbit.methods.assemble import CodedBlock, FittedPart, assemble, code_block
+from subbit.methods.base import LinearStats, Method, Options, damping_record
+from subbit.prune import METRICS, Scorer, keep_mask
+
+__all__ = ["GroupedMethod", "GroupedOptions", "Pruning"]
+
+Pruning = Literal["before", "inside", "after"]
+
+
+class GroupedOptions(Options):
+    """Options of every grouped binarisation.
+
+    With `published` the groups are searched as the published code does, which leaves `split_grid`
+    without effect, and pruned weights are filled in again, as they are there.
+    """
+
+    published: bool = False
+    fine_metric: Literal[METRICS] = "wanda"
+    salient_max: int = Field(50, ge=0)
+    split_grid: tuple[float, float, int] = (0.1, 0.9, 9)
+
+
+class GroupedMethod(Method):
+    """A method that binarises salient columns in two planes and the other columns in groups.
+
+    A subclass says how a part is fitted (`_fit`) and whether its levels have a mean, which metric
+    chooses its N:M mask and when, and which split points it searches.
+    """
+
+    options: GroupedOptions
+    nm_use = "optional"
+    level_dtype: ClassVar[torch.dtype] = torch.float16
+    published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
+    published_planes_rest: ClassVar[int] = 1
+    mean: ClassVar[bool] = True
+    split_salient: ClassVar[bool] = False
+
+    @property
+    def metric(self) -> str:
+        """What chooses the pruned weights."""
+        return self.options.fine_metric
+
+    @property
+    def pruning(self) -> Pruning:
+        """Mask the weights before anything else, block by block inside the loop, or after it."""
+        return "inside"
+
+    @property
+    def split(self) -> Split:
+        """The split points of the ordinary weights."""
+        o = self.options
+        return Split(1, self.published_grid if o.published else o.split_grid)
+
+    @abstractmethod
+    def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> FittedPart:
+        """Binarise columns (bool `(b,)`) in groups; `support`: bool `(groups, rows, k)`."""
+
+    def _compress(
+        self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
+    ) -> CompressedLinear:
+        factor = factorize(stats.H, self.settings.percdamp)
+        record = damping_record(factor)
+        size = self.settings.blocksize
+        scorer = self._scorer(W, factor, stats)
+        when = None if nm is None else "before" if self.options.published else self.pruning
+        mask = torch.ones_like(W, dtype=torch.bool)
+        if when == "before":
+            mask = keep_mask(scorer.score(W), nm)
+            W = W * mask
+            if self.options.published:
+                mask, nm = torch.ones_like(mask), None
+
+        def compress_block(block: BlockView) -> CodedBlock:
+            inside = when == "inside"
+            keep = keep_mask(scorer(block), nm) if inside else mask[:, block.start : block.stop]
+            return self._compress_block(block, keep)
+
+        blocks = run_blocks(W, factor, size, compress_block)
+        result = assemble(blocks, size, nm, record, dtype=self.level_dtype)
+        if when == "after":
+            W_hat = result.dequantize()
+            keep = keep_mask(self._scorer(W_hat, factor, stats).score(W_hat), nm)
+            result = replace(result, codes=result.codes * keep)
+        return result
+
+    def _compress_block(self, block: BlockView, keep: Tensor) -> CodedBlock:
+        groups = self._groups(block, keep)
+
+        def fit(columns: Tensor, salient: bool) -> FittedPart:
+            support = groups.supports(salient) & keep[:, columns]
+            return self._fit(block, columns, support, 2 if salient else 1)
+
+        parts = fit(~groups.salient, False), fit(groups.salient, True)
+        # published code compensates for levels in float32 and never stores any
+        dtype = torch.float32 if self.options.published else self.level_dtype
+        return code_block(groups, keep, *parts, mean=self.mean, dtype=dtype)
+
+    def _groups(self, block: BlockView, keep: Tensor) -> Groups:
+        """Find the groups of a block."""
+        o = self.options
+        score = (block.W / block.U.diagonal()).square()
+        if o.published:
+            return group_scores(
+                score,
+                limit=max(o.salient_max - 1, 0),
+                planes_rest=self.published_planes_rest,
+                split=self.split,
+                split_salient=self.split_salient,
+            )
+        width = block.stop - block.start  # the last block may be shorter: same share of columns
+        return group_weights(
+            block.W,
+            score,
+            keep,
+            limit=o.salient_max * width // self.settings.blocksize,
+            split=self.split,
+            split_salient=self.split_salient,
+        )
+
+    def _scorer(self, W: Tensor, factor: Factor, stats: LinearStats) -> Scorer:
+        seed = self.settings.seed
+        return Scorer(self.metric, W, stats.H, factor, seed=seed, name=stats.name)
