@@ -5,6 +5,7 @@ the blocks that are already compressed, and committed to disk before the next on
 """
 
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,7 +50,7 @@ from subbit.run.commits import Workdir, check_output
 from subbit.run.log import LinearLog
 from subbit.run.memory import peak_rss_bytes
 from subbit.run.progress import Progress
-from subbit.text import Windows, calibration_windows
+from subbit.text import SELF, Windows, calibration_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,11 +149,13 @@ def compress(
     if out is not None:
         check_output(Path(out), resume)
     place = _device(device)
+    if progress and not isinstance(model, nn.Module):
+        print(f"loading {model}", file=sys.stderr, flush=True)
     loaded = _load(model, tokenizer, dtype)
     check_finite(loaded.model)
     blocks = find_blocks(loaded.model)
     check_coverage(loaded.model, blocks, recipe.skip)
-    windows = _windows(recipe, loaded)
+    windows = _windows(recipe, loaded, progress)
     with ExitStack() as stack:
         workdir = None
         if out is not None:
@@ -208,18 +211,22 @@ def _load(
     return LoadedModel(model.eval(), tokenizer, model.config._name_or_path, "memory")
 
 
-def _windows(recipe: Recipe, loaded: LoadedModel) -> Windows:
+def _windows(recipe: Recipe, loaded: LoadedModel, progress: bool) -> Windows:
     spec = recipe.calibration
-    return calibration_windows(
-        spec.source,
-        loaded.tokenizer,
-        loaded.model,
-        nsamples=spec.nsamples,
-        seqlen=spec.seqlen,
-        bos=spec.bos,
-        sample=spec.sample,
-        seed=spec.seed,
-    )
+    sampling = progress and spec.source == SELF  # anything else is there in a moment
+    with Progress(spec.nsamples * spec.seqlen, enabled=sampling) as bar:
+        bar.phase("sampling calibration text from the model")
+        return calibration_windows(
+            spec.source,
+            loaded.tokenizer,
+            loaded.model,
+            nsamples=spec.nsamples,
+            seqlen=spec.seqlen,
+            bos=spec.bos,
+            sample=spec.sample,
+            seed=spec.seed,
+            advance=bar.advance,
+        )
 
 
 def _identity(

@@ -20,8 +20,7 @@ from subbit.hub.manifest import MANIFEST, write_manifest
 from tiny_models import tiny_model
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in range(1, 4)]
-FILES = [
-    "README.md",
+FILES = [  # all but the model card, which is there to be edited
     "config.json",
     "generation_config.json",
     "model.safetensors.index.json",
@@ -62,7 +61,7 @@ def rewrite(path, change):
 
 
 def test_the_list_of_files_is_complete(sharded):
-    assert sorted(FILES) == sorted(path.name for path in sharded.iterdir())
+    assert sorted([*FILES, "README.md"]) == sorted(path.name for path in sharded.iterdir())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -122,6 +121,10 @@ def test_a_config_from_the_future_is_refused(version, entry, folders, copy_of):
 def test_an_intended_edit_is_accepted_with_a_new_manifest(folders, copy_of):
     folder = copy_of(folders("llama"))
     (folder / "README.md").write_text("my own words")
+    load(folder)  # the card is nobody's business but its author's
+    (folder / "recipe.yaml").write_text("# my own words\n")
+    with pytest.raises(FormatError, match=r"recipe\.yaml"):
+        load(folder)
     write_manifest(folder, 1)
     load(folder)
 

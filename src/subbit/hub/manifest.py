@@ -1,4 +1,4 @@
-"""`subbit.json`: size and SHA-256 of every file of a packed folder, and of itself.
+"""`subbit.json`: size and SHA-256 of every file of a packed folder but the card, and of itself.
 
 A folder is believed only after every byte of it has been read and compared; a flipped bit in a
 config, a tokenizer or a shard stops the load before anything is built from it.
@@ -15,8 +15,9 @@ __all__ = ["MANIFEST", "has_manifest", "verify_manifest", "write_manifest"]
 
 MANIFEST = "subbit.json"
 _AGAIN = "copy or download the folder again"
-# Left by other tools inside a folder, never part of the model.
-_FOREIGN = {".git", ".cache", "__pycache__", ".gitattributes"}
+# Left by other tools inside a folder, never part of the model; and the model card, which is there
+# to be edited.
+_FOREIGN = {".git", ".cache", "__pycache__", ".gitattributes", "README.md"}
 
 
 def _digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from subbit.text.windows import Windows, check_windows, make_windows
 
 __all__ = [
     "NAMED_SOURCES",
+    "SELF",
     "Text",
     "Windows",
     "calibration_windows",
