@@ -279,3 +279,20 @@ def test_the_report_times_every_stage(folder, text, tmp_path):
     seconds = compress(folder, text, out=tmp_path / "packed").report["seconds"]
     assert seconds["total"] <= time.monotonic() - begun
     assert {"coarse", "capture", "compress", "propagate", "commit"} <= set(seconds)
+
+
+@pytest.mark.parametrize("allocation", ["relative_importance", "sin"])
+def test_coarse_rules_that_need_no_look_at_the_text(allocation, folder, text):
+    change = [f"coarse.allocation={allocation}"]
+    result = compress(folder, text, "stbllm-4-8", overrides=change)
+    kept = result.report["kept"]
+    assert "coarse" not in result.report["seconds"]
+    assert len(kept) >= 2 and result.report["mean_kept"] <= 4
+    assert kept == ([4] * len(kept) if allocation == "relative_importance" else sorted(kept)[::-1])
+    assert {record["nm"][0] for record in result.records.values()} == set(kept)
+
+
+@pytest.mark.parametrize("recipe", ["arb-rc-cgb", "billm-4-8", "pb-llm", "stbllm-6-8", "xnor"])
+def test_binarised_models_are_written_and_loaded(recipe, folder, text, tmp_path):
+    result = compress(folder, text, recipe, out=tmp_path / "packed")
+    assert torch.equal(logits(subbit.load(tmp_path / "packed")), logits(result.model))
