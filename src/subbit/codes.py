@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LEVEL_KINDS", "CompressedLinear", "LevelKind", "LevelTable"]
+__all__ = ["LEVEL_KINDS", "CompressedLinear", "LevelKind", "LevelTable", "on_int8_grid"]
 
 
 def _pairs(params: Tensor, groups: int) -> Tensor:
@@ -73,12 +73,15 @@ class LevelTable:
     Attributes:
         kind: a key of `LEVEL_KINDS`.
         groups: number of level groups G (for "free": the number of levels).
-        params: float16 `(rows, ngroups_of_columns, P)`, `P = G * params_per_group`: what is stored.
+        params: what is stored: float16 `(rows, ngroups_of_columns, P)`, `P = G * params_per_group`;
+            with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`.
+        scale: bfloat16 `(rows, ngroups_of_columns)` by which int8 levels are multiplied, or None.
     """
 
     kind: str
     groups: int
     params: Tensor
+    scale: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -87,6 +90,8 @@ class LevelTable:
 
     def values(self) -> Tensor:
         """Level values, float32 `(rows, ngroups_of_columns, L)`, computed in float32."""
+        if self.scale is not None:  # the product of 8 by 8 significant bits is exact
+            return self.params.float() * self.scale.float().unsqueeze(-1)
         return LEVEL_KINDS[self.kind].expand(self.params.float(), self.groups)
 
 
@@ -102,7 +107,8 @@ class CompressedLinear:
         nm: `(N, M)`, N kept of every M consecutive columns (exactly; the last cols % M columns
             form a group padded with zeros and keep min(N, cols % M)); None = no such structure.
         salient: bool `(cols,)` or None; columns whose levels come from `salient_levels`.
-        salient_levels: levels of the salient columns, or None.
+        salient_levels: levels of the salient columns, or None; int8 levels share the scale of
+            `levels`.
         record: JSON-able facts about the fit (loss, salient share, damping, ...).
     """
 
@@ -134,3 +140,32 @@ class CompressedLinear:
         padding = ngroups * self.group_size - cols
         index = torch.nn.functional.pad(index, (0, padding)).view(rows, ngroups, self.group_size)
         return table.gather(-1, index).view(rows, -1)[:, :cols]
+
+
+def on_int8_grid(
+    levels: LevelTable, salient_levels: LevelTable | None
+) -> tuple[LevelTable, LevelTable | None]:
+    """Round levels to int8 multiples of one scale for each row and column group.
+
+    The scale is the largest absolute level of both tables / 127, rounded to bfloat16; 0 where all
+    levels are 0. Tables that are on such a grid already are returned as they are.
+
+    Args:
+        levels: of the ordinary columns.
+        salient_levels: of the salient columns, or None.
+    """
+    if levels.scale is not None:
+        return levels, salient_levels
+    tables = [levels] if salient_levels is None else [levels, salient_levels]
+    values = [table.values() for table in tables]
+    largest = torch.stack([value.abs().amax(-1) for value in values]).amax(0)
+    scale = (largest / 127).bfloat16()
+    step = scale.float().unsqueeze(-1)
+    step = step.masked_fill(step == 0, torch.inf)
+    snapped = [
+        LevelTable(
+            table.kind, table.groups, (value / step).round().clamp(-127, 127).to(torch.int8), scale
+        )
+        for table, value in zip(tables, values)
+    ]
+    return snapped[0], snapped[1] if len(snapped) > 1 else None

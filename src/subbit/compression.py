@@ -142,7 +142,7 @@ def compress(
     method = make_method(
         recipe.method,
         recipe.options,
-        Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed),
+        Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed, recipe.levels),
     )
     if out is not None:
         check_output(Path(out), resume)

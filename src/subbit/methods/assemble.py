@@ -1,14 +1,17 @@
 """From coded blocks to one compressed linear."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from subbit.codes import CompressedLinear, LevelTable
+from subbit.codes import CompressedLinear, LevelTable, on_int8_grid
+from subbit.linalg import BlockView, Factor, run_blocks
+from subbit.methods.base import Settings
 
-__all__ = ["CodedBlock", "assemble"]
+__all__ = ["CodedBlock", "assemble", "compress_blocks"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,36 @@ class CodedBlock:
     def dense(self) -> Tensor:
         """The weights that will be read back from the file, float32 `(rows, b)`."""
         return assemble([self], self.codes.shape[1], None, {}).dequantize()
+
+
+def compress_blocks(
+    W: Tensor,
+    factor: Factor,
+    settings: Settings,
+    nm: tuple[int, int] | None,
+    compress_block: Callable[[BlockView], CodedBlock],
+    *,
+    record: dict[str, Any],
+    compensation: str = "diagonal",
+    objective: str = "gram",
+) -> CompressedLinear:
+    """Run the block loop (`linalg.run_blocks`) with levels as they will be stored, and assemble.
+
+    Levels go onto the int8 grid, if that is wanted, before the rest of the row absorbs the block's
+    error, rounding included.
+    """
+
+    def stored(view: BlockView) -> CodedBlock:
+        block = compress_block(view)
+        if settings.levels == "fp16":
+            return block
+        levels, salient_levels = on_int8_grid(block.levels, block.salient_levels)
+        return replace(block, levels=levels, salient_levels=salient_levels)
+
+    blocks = run_blocks(
+        W, factor, settings.blocksize, stored, compensation=compensation, objective=objective
+    )
+    return assemble(blocks, settings.blocksize, nm, record)
 
 
 def assemble(
@@ -58,4 +91,7 @@ def _tables(tables: list[LevelTable | None]) -> LevelTable | None:
     if tables[0] is None:
         return None
     kind, groups = tables[0].kind, tables[0].groups
-    return LevelTable(kind, groups, torch.cat([t.params for t in tables if t is not None], 1))
+    present = [table for table in tables if table is not None]
+    scales = [table.scale for table in present if table.scale is not None]
+    params = torch.cat([table.params for table in present], 1)
+    return LevelTable(kind, groups, params, torch.cat(scales, 1) if scales else None)

@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from subbit.codes import CompressedLinear
+from subbit.codes import CompressedLinear, on_int8_grid
 from subbit.errors import ModelError, NonFiniteError, RecipeError, nearest
 from subbit.linalg import Factor, relative_loss
 
@@ -39,11 +39,17 @@ class LinearStats:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method is told besides its own options."""
+    """What every method is told besides its own options.
+
+    Attributes:
+        levels: how levels are stored: "fp16" parameters, or "int8" levels on one scale for each
+            row and column group (`codes.on_int8_grid`), which the fast kernels need.
+    """
 
     blocksize: int = 128
     percdamp: float = 0.01
     seed: int = 0
+    levels: Literal["fp16", "int8"] = "fp16"
 
 
 class Method(ABC):
@@ -81,6 +87,9 @@ class Method(ABC):
         """
         _check(W, stats)
         result = self._compress(W, stats, nm)
+        if self.settings.levels == "int8":  # of a method without blocks; blocks are snapped already
+            levels, salient_levels = on_int8_grid(result.levels, result.salient_levels)
+            result = replace(result, levels=levels, salient_levels=salient_levels)
         record = {
             "loss": relative_loss(W, result.dequantize(), stats.H),
             "salient_share": _salient_share(result),

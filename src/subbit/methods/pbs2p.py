@@ -10,8 +10,8 @@ from subbit.binarize.salient import search_salient
 from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.binarize.split import label_groups, search_splits
 from subbit.codes import CompressedLinear, LevelTable
-from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, assemble
+from subbit.linalg import BlockView, factorize
+from subbit.methods.assemble import CodedBlock, compress_blocks
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import Scorer, ranks_in_groups
 
@@ -66,16 +66,16 @@ class PBS2P(Method):
             seed=self.settings.seed,
             name=stats.name,
         )
-        blocks = run_blocks(
+        return compress_blocks(
             W,
             factor,
-            self.settings.blocksize,
+            self.settings,
+            nm,
             lambda block: self._compress_block(block, scorer(block), nm),
+            record=damping_record(factor),
             compensation=o.compensation,
             objective=o.objective,
         )
-        record = damping_record(factor)
-        return assemble(blocks, self.settings.blocksize, nm, record)
 
     def _compress_block(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         o, (n, m) = self.options, nm

@@ -21,6 +21,10 @@ stream a row:
 - `levels`: float16 `(rows, groups of columns, P)`, the parameters of `codes.LevelTable`.
 - `salient`: uint8 `(ceil(cols / 8),)`, a bit a column, column 0 the lowest bit of byte 0.
 - `salient_levels`: float16 `(rows, groups of columns, P of the salient table)`.
+
+With `int8` the levels themselves are stored in place of float16 parameters: `levels` and
+`salient_levels` are int8 `(rows, groups of columns, L)`, multiplied by `scale`, bfloat16
+`(rows, groups of columns)`.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -76,6 +80,7 @@ class Layout:
         zeros: True if there is no N:M but some codes are 0.
         levels: `(kind, groups)` of the ordinary columns' level table.
         salient: `(kind, groups)` of the salient columns' level table, or None.
+        int8: True if levels are int8 on one scale for each row and column group.
 
     Raises:
         FormatError: a value that means nothing; the message names it.
@@ -88,6 +93,7 @@ class Layout:
     zeros: bool
     levels: tuple[str, int]
     salient: tuple[str, int] | None
+    int8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "group_size"):
@@ -99,6 +105,8 @@ class Layout:
         _check_levels("levels", self.levels)
         if self.salient is not None:
             _check_levels("salient", self.salient)
+        if not isinstance(self.int8, bool):
+            raise _bad("int8", self.int8, "true or false")
 
     @property
     def groups(self) -> int:
@@ -156,11 +164,15 @@ class Layout:
         if self.salient is not None:
             table["salient"] = Field((-(-self.cols // 8),), torch.uint8)
             table["salient_levels"] = self._level_field(*self.salient)
+        if self.int8:
+            table["scale"] = Field((self.rows, self.groups), torch.bfloat16)
         return table
 
     def _level_field(self, kind: str, groups: int) -> Field:
-        width = groups * LEVEL_KINDS[kind].params_per_group
-        return Field((self.rows, self.groups, width), torch.float16)
+        stored = LEVEL_KINDS[kind]
+        width = groups * (stored.levels_per_group if self.int8 else stored.params_per_group)
+        dtype = torch.int8 if self.int8 else torch.float16
+        return Field((self.rows, self.groups, width), dtype)
 
     @property
     def nbytes(self) -> int:
@@ -173,10 +185,11 @@ class Layout:
         return 8 * self.nbytes / (self.rows * self.cols)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """JSON-able form; `int8` is named only where it is true."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+            if name != "int8" or value
         }
 
     @classmethod
@@ -196,7 +209,7 @@ class Layout:
                     "the file is damaged or newer than this program."
                 )
         for key in known:
-            if key not in data:
+            if key not in data and key != "int8":
                 raise FormatError(
                     f"packed layout lacks the key {key!r}: the file is damaged; fetch it again."
                 )

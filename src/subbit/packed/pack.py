@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
+from subbit.codes import CompressedLinear, LevelTable
 from subbit.errors import FormatError
 from subbit.packed.codecs import pack_bits, pack_digits
 from subbit.packed.decode import check_tensors, decode_codes, decode_salient, limits
@@ -52,6 +52,8 @@ def pack(linear: CompressedLinear) -> tuple[Layout, dict[str, Tensor]]:
     if linear.salient is not None and linear.salient_levels is not None:
         tensors["salient"] = pack_bits(linear.salient[None], 1)[0]
         tensors["salient_levels"] = linear.salient_levels.params.contiguous()
+    if linear.levels.scale is not None:
+        tensors["scale"] = linear.levels.scale.contiguous()
     return layout, tensors
 
 
@@ -71,8 +73,10 @@ def unpack(layout: Layout, tensors: Mapping[str, Tensor]) -> CompressedLinear:
         codes[start:stop] = decode_codes(*slice_rows(layout, tensors, start, stop), salient)
     salient_levels = None
     if layout.salient is not None:
-        salient_levels = LevelTable(*layout.salient, tensors["salient_levels"])
-    levels = LevelTable(*layout.levels, tensors["levels"])
+        salient_levels = LevelTable(
+            *layout.salient, tensors["salient_levels"], tensors.get("scale")
+        )
+    levels = LevelTable(*layout.levels, tensors["levels"], tensors.get("scale"))
     return CompressedLinear(codes, levels, layout.group_size, layout.nm, salient, salient_levels)
 
 
@@ -97,27 +101,40 @@ def _layout_of(linear: CompressedLinear) -> Layout:
         zeros=linear.nm is None and bool((codes == 0).any()),
         levels=(linear.levels.kind, linear.levels.groups),
         salient=None if extra is None else (extra.kind, extra.groups),
+        int8=linear.levels.scale is not None,
     )
-    _check_params("levels", linear.levels, layout)
+    _check_params("levels", linear.levels.params, layout)
     if extra is not None:
-        _check_params("salient_levels", extra, layout)
+        _check_params("salient_levels", extra.params, layout)
+        _check_shared_scale(linear.levels.scale, extra.scale)
+    if linear.levels.scale is not None:
+        _check_params("scale", linear.levels.scale, layout)
     return layout
 
 
-def _check_params(name: str, table: LevelTable, layout: Layout) -> None:
-    params = table.params
-    shape = (layout.rows, layout.groups, table.groups * LEVEL_KINDS[table.kind].params_per_group)
-    if params.dtype != torch.float16 or params.shape != shape:
+def _check_params(name: str, params: Tensor, layout: Layout) -> None:
+    shape, dtype = layout.fields()[name]
+    if params.dtype != dtype or params.shape != shape:
         raise ValueError(
-            f"{name}: parameters must be float16 {shape}, not {params.dtype} {tuple(params.shape)}."
+            f"{name}: parameters must be {_short(dtype)} {shape}, not {params.dtype} "
+            f"{tuple(params.shape)}."
         )
-    bad = ~params.isfinite().all(-1)
+    bad = ~params.isfinite().view(*shape[:2], -1).all(-1)
     if bad.any():
         row, group = bad.nonzero()[0].tolist()
         raise FormatError(
             f"{name}: row {row}, column group {group} holds a value that is not finite in "
-            "float16; the weights are too large or damaged for this format."
+            f"{_short(dtype)}; the weights are too large or damaged for this format."
         )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_shared_scale(scale: Tensor | None, other: Tensor | None) -> None:
+    if (scale is None) != (other is None) or (scale is not None and not scale.equal(other)):
+        raise ValueError("levels and salient_levels must have the same int8 scale, or none.")
 
 
 def _check_codes(linear: CompressedLinear, layout: Layout) -> None:

@@ -157,10 +157,9 @@ def _floor(layout: Layout, salient_columns: int) -> dict[str, float]:
         floor["sign"] += weight * density * min(planes, 1)
         floor["second_sign"] += weight * density * max(planes - 1, 0)
         floor["label"] += weight * density * log2(groups)
-    parameters = sum(
-        groups * LEVEL_KINDS[kind].params_per_group for kind, groups in layout.tables()
-    )
-    floor["scales"] = 16 * parameters * layout.groups / cols
+    stored = layout.fields()
+    records = ("levels", "salient_levels", "scale")
+    floor["scales"] = 8 * sum(stored[r].nbytes for r in records if r in stored) / (rows * cols)
     if layout.salient is not None:
         choices = lgamma(cols + 1) - lgamma(salient_columns + 1)
         choices -= lgamma(cols - salient_columns + 1)
