@@ -3,7 +3,8 @@
 // Activations become one or two int8 planes for each block of 128 columns: x = s (255 hi + lo), or
 // s hi with one plane. A tile of 4 rows x 128 columns is decoded in registers, 16 columns of its
 // rows at a time: shift, mask, look the int8 level up in the row's 16-entry table, integer dot
-// product. Per block the integers are multiplied by the scales of row and activations.
+// product. Per block the integers are multiplied by the scales of row and activations. Several tiles
+// and several vectors at once share the loads of activations and the decoded levels.
 //
 // Plain C++17 without the standard library. Every instruction set is compiled into the one object
 // by target attributes; the caller names the one to use.
@@ -36,12 +37,13 @@ constexpr int kBlock = 128;   // columns of a tile
 constexpr int kRows = 4;      // rows of a tile
 constexpr int kPlane = 64;    // bytes of one code plane of a tile
 constexpr int kRecord = 12;   // bytes of one level record: 6 + 4 levels + 128, bfloat16 scale
-constexpr int kFull = 3 * kPlane + kRows * kRecord;
-constexpr int kHalf = 2 * kPlane + kRows * kRecord;  // a last tile of at most 64 columns
+constexpr int kTiles = 4;     // tiles of a unit: 16 rows x 128 columns
+constexpr int kFull = kTiles * (3 * kPlane + kRows * kRecord);  // bytes of a unit
+constexpr int kHalf = kTiles * (2 * kPlane + kRows * kRecord);  // of one of at most 64 columns
 constexpr int kMaxBatch = 16;
 
 struct Shape {
-    int64_t rows, cols, full, tiles, stride;
+    int64_t rows, cols, full, strips, stride;
     bool half;
     int64_t blocks() const { return full + half; }
     int64_t width() const { return full * kBlock + (half ? kBlock / 2 : 0); }
@@ -53,9 +55,9 @@ bool make_shape(int64_t rows, int64_t cols, int64_t bytes, int64_t flag_bytes, S
     s->rows = rows, s->cols = cols;
     s->half = rest > 0 && rest <= kBlock / 2;
     s->full = cols / kBlock + (rest > kBlock / 2);
-    s->tiles = (rows + kRows - 1) / kRows;
+    s->strips = (rows + kTiles * kRows - 1) / (kTiles * kRows);
     s->stride = s->full * kFull + (s->half ? kHalf : 0);
-    return bytes == s->tiles * s->stride && flag_bytes == s->width();
+    return bytes == s->strips * s->stride && flag_bytes == s->width();
 }
 
 // Quantised activations. The batch is cut into groups of as many vectors as a kernel takes at once;
@@ -80,6 +82,17 @@ struct Job {
     Acts acts;
     float* out;            // (batch, rows)
 };
+
+// In a unit with K groups of 16 columns: the code planes of tile `t`, and its level records.
+template <int K>
+INLINE const uint8_t* planes_of(const uint8_t* unit, int t) {
+    return unit + t * (K == 8 ? 3 : 2) * kPlane;
+}
+
+template <int K>
+INLINE const uint8_t* records_of(const uint8_t* unit, int t) {
+    return unit + kTiles * (K == 8 ? 3 : 2) * kPlane + t * kRows * kRecord;
+}
 
 INLINE float bits_to_float(uint32_t bits) {
     float value;
@@ -162,6 +175,13 @@ INLINE void quantise_group(const Shape& s, const T* x, int m0, int count, int8_t
 
 // ---- portable ----------------------------------------------------------------------------------
 
+INLINE void store_sums(const Job& j, int64_t t, int m, const float* sums, int first, int count) {
+    for (int r = 0; r < count; r++) {
+        const int64_t row = t * kRows + first + r;
+        if (row < j.shape.rows) j.out[m * j.shape.rows + row] = sums[r];
+    }
+}
+
 // Three-bit codes of columns 16k .. 16k + 15 of one row of a tile.
 INLINE void decode_codes(const uint8_t* tile, int r, int k, uint8_t* out) {
     const uint8_t *A = tile + 16 * r, *B = A + kPlane, *C = B + kPlane;
@@ -186,27 +206,29 @@ INLINE void level_table(const uint8_t* record, int8_t* table) {
 }
 
 template <int K>
-INLINE void decode_row(const uint8_t* tile, const uint8_t* flags, int r, int8_t* out) {
+INLINE void decode_row(const uint8_t* planes, const uint8_t* record, const uint8_t* flags, int r,
+                       int8_t* out) {
     int8_t table[16];
     uint8_t index[16];
-    level_table(tile + (K == 8 ? 3 : 2) * kPlane + r * kRecord, table);
+    level_table(record, table);
     for (int k = 0; k < K; k++) {
-        decode_codes(tile, r, k, index);
+        decode_codes(planes, r, k, index);
         for (int j = 0; j < 16; j++) out[16 * k + j] = table[index[j] | flags[16 * k + j]];
     }
 }
 
 template <int P, int K>
-INLINE void portable_block(const Job& j, const Acts& acts, const uint8_t* tile, int64_t b,
-                           int count, float (*sums)[kRows]) {
+INLINE void portable_block(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
+                           int64_t b, int count, float (*sums)[kRows]) {
     for (int r = 0; r < kRows; r++) {
         int8_t w[kBlock];
-        decode_row<K>(tile, j.flags + b * kBlock, r, w);
-        const float scale = record_scale(tile + (K == 8 ? 3 : 2) * kPlane + r * kRecord);
+        const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
+        decode_row<K>(planes_of<K>(unit, t), record, flags + b * kBlock, r, w);
+        const float scale = record_scale(record);
         for (int m = 0; m < count; m++) {
             int32_t high = 0, low = 0;
             for (int k = 0; k < K; k++) {
-                const int8_t* x = acts.values + (((b * 8 + k) * count + m) * P) * 16;
+                const int8_t* x = acts.values + ((b * 8 + k) * count + m) * P * 16;
                 for (int i = 0; i < 16; i++) high += (int16_t)w[16 * k + i] * (int16_t)x[i];
                 if (P == 2)
                     for (int i = 0; i < 16; i++) low += (int16_t)w[16 * k + i] * (int16_t)x[16 + i];
@@ -218,22 +240,15 @@ INLINE void portable_block(const Job& j, const Acts& acts, const uint8_t* tile, 
 }
 
 template <int P>
-void portable_tile(const Job& j, int64_t t, int m0, int count) {
-    float sums[kMaxBatch][kRows] = {};
-    const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    const uint8_t* tile = j.tiles + t * j.shape.stride;
-    for (int64_t b = 0; b < j.shape.full; b++, tile += kFull)
-        portable_block<P, 8>(j, acts, tile, b, count, sums);
-    if (j.shape.half) portable_block<P, 4>(j, acts, tile, j.shape.full, count, sums);
-    for (int m = 0; m < count; m++)
-        for (int r = 0; r < kRows && t * kRows + r < j.shape.rows; r++)
-            j.out[(m0 + m) * j.shape.rows + t * kRows + r] = sums[m][r];
-}
-
-INLINE void store_sums(const Job& j, int64_t t, int m, const float* sums, int first, int count) {
-    for (int r = 0; r < count; r++) {
-        const int64_t row = t * kRows + first + r;
-        if (row < j.shape.rows) j.out[m * j.shape.rows + row] = sums[r];
+void strip_portable(const Job& j, int64_t strip, int count) {
+    for (int t = 0; t < kTiles; t++) {
+        float sums[kMaxBatch][kRows] = {};
+        const uint8_t* unit = j.tiles + strip * j.shape.stride;
+        for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
+            portable_block<P, 8>(j.acts, j.flags, unit, t, b, count, sums);
+        if (j.shape.half)
+            portable_block<P, 4>(j.acts, j.flags, unit, t, j.shape.full, count, sums);
+        for (int m = 0; m < count; m++) store_sums(j, strip * kTiles + t, m, sums[m], 0, kRows);
     }
 }
 
@@ -243,11 +258,42 @@ INLINE void store_sums(const Job& j, int64_t t, int m, const float* sums, int fi
 #define T512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 #define T256 __attribute__((target("avx2,fma")))
 
-// How far ahead of the tile in work its successors are asked for.
-constexpr int kAhead = 10 * kFull;
+// How far ahead of the unit in work its successors are asked for, in bytes, into the second cache:
+// asked for into the first, they hold up the loads (measured on Zen 4: half the speed).
+constexpr int kAhead = 8 * kFull;
 
+// What R tiles have to do with M vectors in one block, in registers.
+template <int M, int P, int R>
+struct Work512 {
+    __m512i table[R], high[R][M], low[R][M];
+};
+
+// Multiply 16 columns of R tiles: `code` has their codes in the low three bits of each byte.
+template <int M, int P, int R>
+T512 INLINE void columns_512(Work512<M, P, R>& work, const __m512i* code, const uint8_t* flags,
+                             const int8_t* values) {
+    const __m512i flag = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)flags));
+    __m512i w[R];
+    for (int r = 0; r < R; r++)
+        w[r] = _mm512_shuffle_epi8(
+            work.table[r],
+            _mm512_ternarylogic_epi32(code[r], _mm512_set1_epi8(7), flag, 0xea));  // c & 7 | flag
+    for (int m = 0; m < M; m++) {
+        const int8_t* x = values + m * P * 16;
+        const __m512i hi = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x));
+        for (int r = 0; r < R; r++)
+            work.high[r][m] = _mm512_dpbusd_epi32(work.high[r][m], w[r], hi);
+        if (P == 2) {
+            const __m512i lo = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + 16)));
+            for (int r = 0; r < R; r++)
+                work.low[r][m] = _mm512_dpbusd_epi32(work.low[r][m], w[r], lo);
+        }
+    }
+}
+
+// Tiles t .. t + R - 1 of a unit. Planes are taken up one after the other, for want of registers.
 template <int M, int P, int R, int K>
-T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t* const* tile,
+T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
                            int64_t b, __m512 (*sums)[M]) {
     const int8_t* values = acts.values + b * kBlock * M * P;
     const int32_t* starts = acts.start + 4 * b * M;
@@ -257,102 +303,98 @@ T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t
         _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, -1, -1, 6, 7, 8, 9, -1, -1, -1));
     const __m512i zeros = _mm512_broadcast_i32x4(
         _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, -128, -128, 0, 0, 0, 0, -128, -128, -128));
-    const __m512i seven = _mm512_set1_epi8(7), three = _mm512_set1_epi8(3);
-    __m512i A[R], B[R], C[R], table[R];
-    __m512 scale[R];
-    __m512i high[R][M], low[R][M];
+    const __m512i three = _mm512_set1_epi8(3);
+    Work512<M, P, R> work;
+    __m512i plane[R], code[R], kept[R];
     for (int r = 0; r < R; r++) {
-        A[r] = _mm512_loadu_si512(tile[r]);
-        B[r] = _mm512_loadu_si512(tile[r] + kPlane);
-        if (K == 8) C[r] = _mm512_loadu_si512(tile[r] + 2 * kPlane);
         const __m512i record = _mm512_permutexvar_epi32(
-            spread, _mm512_maskz_loadu_epi32(0xfff, tile[r] + (K == 8 ? 3 : 2) * kPlane));
-        table[r] = _mm512_or_si512(_mm512_shuffle_epi8(record, entries), zeros);
-        scale[r] = _mm512_castsi512_ps(
-            _mm512_and_si512(_mm512_shuffle_epi32(record, (_MM_PERM_ENUM)0xaa),
-                             _mm512_set1_epi32((int)0xffff0000)));
-        for (int i = 0; i < (K == 8 ? 4 : 3); i++)
-            _mm_prefetch((const char*)tile[r] + kAhead + 64 * i, _MM_HINT_T0);
+            spread, _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t + r)));
+        work.table[r] = _mm512_or_si512(_mm512_shuffle_epi8(record, entries), zeros);
         for (int m = 0; m < M; m++) {
             const __m512i start =
                 _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(starts + 4 * m)));
-            (P == 2 ? low : high)[r][m] = start;
-            if (P == 2) high[r][m] = _mm512_setzero_si512();
+            (P == 2 ? work.low : work.high)[r][m] = start;
+            if (P == 2) work.high[r][m] = _mm512_setzero_si512();
         }
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < K; k++) {
-        const __m512i flag =
-            _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(flags + 16 * k)));
-        __m512i w[R];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; r++) {
-            __m512i code;
-            switch (k) {
-                case 0: code = A[r]; break;
-                case 1: code = _mm512_srli_epi16(A[r], 3); break;
-                case 2: code = B[r]; break;
-                case 3: code = _mm512_srli_epi16(B[r], 3); break;
-                case 4: code = C[r]; break;
-                case 5: code = _mm512_srli_epi16(C[r], 3); break;
-                case 6:  // bits 0-1 from A, bit 2 from C
-                    code = _mm512_ternarylogic_epi32(_mm512_srli_epi16(A[r], 6),
-                                                     _mm512_srli_epi16(C[r], 4), three, 0xe4);
-                    break;
-                default:
-                    code = _mm512_ternarylogic_epi32(_mm512_srli_epi16(B[r], 6),
-                                                     _mm512_srli_epi16(C[r], 5), three, 0xe4);
-                    break;
-            }
-            const __m512i index = _mm512_ternarylogic_epi32(code, seven, flag, 0xea);
-            w[r] = _mm512_shuffle_epi8(table[r], index);
-        }
-#pragma GCC unroll 8
+    // a step asks for its share of a later unit's 15 lines: all at once they would stall the loads
+    const uint8_t* ahead = unit + kAhead + t * 4 * kPlane;
+#define COLUMNS(k)                                                                              \
+    for (int i = 0; i < R / 2; i++)                                                             \
+        _mm_prefetch((const char*)ahead + kPlane * ((k) * (R / 2) + i), _MM_HINT_T1);              \
+    columns_512<M, P, R>(work, code, flags + 16 * (k), values + (k) * M * P * 16)
+#define EACH(...) for (int r = 0; r < R; r++) __VA_ARGS__
+#define LOAD(i) EACH(plane[r] = _mm512_loadu_si512(planes_of<K>(unit, t + r) + (i) * kPlane))
+    LOAD(0);
+    EACH(code[r] = plane[r]);
+    COLUMNS(0);
+    EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
+    COLUMNS(1);
+    if (K == 8) {
+        EACH(kept[r] = _mm512_srli_epi16(plane[r], 6));
+        LOAD(2);
+        EACH(code[r] = plane[r]);
+        COLUMNS(4);
+        EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
+        COLUMNS(5);
+        // bits 0-1 from A, bit 2 from C
+        EACH(code[r] = _mm512_ternarylogic_epi32(kept[r], _mm512_srli_epi16(plane[r], 4), three,
+                                                 0xe4));
+        COLUMNS(6);
+        EACH(kept[r] = _mm512_srli_epi16(plane[r], 5));
+    }
+    LOAD(1);
+    EACH(code[r] = plane[r]);
+    COLUMNS(2);
+    EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
+    COLUMNS(3);
+    if (K == 8) {
+        EACH(code[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(plane[r], 6), kept[r], three,
+                                                 0xe4));
+        COLUMNS(7);
+    }
+#undef LOAD
+#undef EACH
+#undef COLUMNS
+    for (int r = 0; r < R; r++) {
+        // the scale is the upper half of a record's last dword; the table's registers are free now
+        const __m512i record = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(2, 2, 2, 2, 5, 5, 5, 5, 8, 8, 8, 8, 11, 11, 11, 11),
+            _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t + r)));
+        const __m512 scale = _mm512_castsi512_ps(
+            _mm512_and_si512(record, _mm512_set1_epi32((int)0xffff0000)));
         for (int m = 0; m < M; m++) {
-            const int8_t* x = values + (k * M + m) * P * 16;
-            const __m512i hi = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x));
-            for (int r = 0; r < R; r++) high[r][m] = _mm512_dpbusd_epi32(high[r][m], w[r], hi);
-            if (P == 2) {
-                const __m512i lo =
-                    _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + 16)));
-                for (int r = 0; r < R; r++) low[r][m] = _mm512_dpbusd_epi32(low[r][m], w[r], lo);
-            }
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        const __m512 act = _mm512_set1_ps(acts.scale[b * M + m]);
-        for (int r = 0; r < R; r++) {
-            __m512i sum = high[r][m];
+            __m512i sum = work.high[r][m];
             if (P == 2)
-                sum = _mm512_add_epi32(
-                    _mm512_sub_epi32(_mm512_slli_epi32(sum, 8), sum), low[r][m]);
-            sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale[r], act),
-                                         sums[r][m]);
+                sum = _mm512_add_epi32(_mm512_sub_epi32(_mm512_slli_epi32(sum, 8), sum),
+                                       work.low[r][m]);
+            const __m512 act = _mm512_set1_ps(acts.scale[b * M + m]);
+            sums[r][m] =
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, act), sums[r][m]);
         }
     }
 }
 
 template <int M, int P, int R>
-T512 __attribute__((noinline)) void tiles_512(const Job& j, int64_t t, int m0) {
+T512 __attribute__((noinline)) void strip_512(const Job& j, int64_t strip, int m0) {
     const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    __m512 sums[R][M];
-    const uint8_t* tile[R];
-    for (int r = 0; r < R; r++) {
-        tile[r] = j.tiles + (t + r) * j.shape.stride;
-        for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-    }
-    for (int64_t b = 0; b < j.shape.full; b++) {
-        block_512<M, P, R, 8>(acts, j.flags, tile, b, sums);
-        for (int r = 0; r < R; r++) tile[r] += kFull;
-    }
-    if (j.shape.half) block_512<M, P, R, 4>(acts, j.flags, tile, j.shape.full, sums);
-    for (int r = 0; r < R; r++)
+    __m512 sums[kTiles][M];
+    for (int t = 0; t < kTiles; t++)
+        for (int m = 0; m < M; m++) sums[t][m] = _mm512_setzero_ps();
+    const uint8_t* unit = j.tiles + strip * j.shape.stride;
+    for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
+        for (int t = 0; t < kTiles; t += R)
+            block_512<M, P, R, 8>(acts, j.flags, unit, t, b, sums + t);
+    if (j.shape.half)
+        for (int t = 0; t < kTiles; t += R)
+            block_512<M, P, R, 4>(acts, j.flags, unit, t, j.shape.full, sums + t);
+    for (int t = 0; t < kTiles; t++)
         for (int m = 0; m < M; m++) {
             float lanes[16], rows[kRows];
-            _mm512_storeu_ps(lanes, sums[r][m]);
+            _mm512_storeu_ps(lanes, sums[t][m]);
             for (int i = 0; i < kRows; i++)
                 rows[i] = (lanes[4 * i] + lanes[4 * i + 1]) + (lanes[4 * i + 2] + lanes[4 * i + 3]);
-            store_sums(j, t + r, m0 + m, rows, 0, kRows);
+            store_sums(j, strip * kTiles + t, m0 + m, rows, 0, kRows);
         }
 }
 
@@ -373,10 +415,10 @@ T256 INLINE __m256i twice(const void* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
 }
 
-// R = 2: both halves of the tile at once; R = 1: the half that `half` names.
+// Of tile t, R = 2: both halves at once; R = 1: the half that `half` names.
 template <bool VNNI, int M, int P, int R, int K>
-T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t* tile, int64_t b,
-                           int half, __m256 (*sums)[M]) {
+T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
+                           int64_t b, int half, __m256 (*sums)[M]) {
     const int8_t* values = acts.values + b * kBlock * M * P;
     const int32_t* starts = acts.start + 4 * b * M;
     flags += b * kBlock;
@@ -390,11 +432,13 @@ T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t
     __m256i A[R], B[R], C[R], table[R], high[R][M], low[R][M];
     __m256 scale[R];
     for (int r = 0; r < R; r++) {
-        const uint8_t* at = tile + 32 * (half + r);
+        const uint8_t* at = planes_of<K>(unit, t) + 32 * (half + r);
         A[r] = _mm256_loadu_si256((const __m256i*)at);
         B[r] = _mm256_loadu_si256((const __m256i*)(at + kPlane));
         if (K == 8) C[r] = _mm256_loadu_si256((const __m256i*)(at + 2 * kPlane));
-        const uint8_t* records = tile + (K == 8 ? 3 : 2) * kPlane + 2 * kRecord * (half + r);
+        __asm__("" : "+x"(A[r]), "+x"(B[r]));  // load once, not again for every shift
+        if (K == 8) __asm__("" : "+x"(C[r]));
+        const uint8_t* records = records_of<K>(unit, t) + 2 * kRecord * (half + r);
         const __m256i record =
             _mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int*)records, six), spread);
         table[r] = _mm256_or_si256(_mm256_shuffle_epi8(record, entries), zeros);
@@ -408,10 +452,11 @@ T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t
             if (P == 2) high[r][m] = _mm256_setzero_si256();
         }
     }
-    for (int i = 0; i < 2 * R; i++)
-        _mm_prefetch((const char*)tile + 128 * half + kAhead + 64 * i, _MM_HINT_T0);
+    const uint8_t* ahead = unit + kAhead + (2 * t + half) * 2 * kPlane;
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
+        if (R == 2 ? k % 2 == 0 : k % 4 == 0)
+            _mm_prefetch((const char*)ahead + kPlane * (R * k / 4), _MM_HINT_T1);
         const __m256i flag = twice(flags + 16 * k);
         __m256i w[R], size[R];
 #pragma GCC unroll 2
@@ -464,27 +509,26 @@ T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t
 }
 
 template <bool VNNI, int M, int P, int R>
-T256 __attribute__((noinline)) void tile_256(const Job& j, int64_t t, int m0) {
+T256 __attribute__((noinline)) void strip_256(const Job& j, int64_t strip, int m0) {
     const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    for (int half = 0; half < 2; half += R) {
-        __m256 sums[R][M];
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) sums[r][m] = _mm256_setzero_ps();
-        const uint8_t* tile = j.tiles + t * j.shape.stride;
-        for (int64_t b = 0; b < j.shape.full; b++, tile += kFull)
-            block_256<VNNI, M, P, R, 8>(acts, j.flags, tile, b, half, sums);
-        if (j.shape.half)
-            block_256<VNNI, M, P, R, 4>(acts, j.flags, tile, j.shape.full, half, sums);
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) {
-                float lanes[8], rows[2];
-                _mm256_storeu_ps(lanes, sums[r][m]);
-                for (int i = 0; i < 2; i++)
-                    rows[i] =
-                        (lanes[4 * i] + lanes[4 * i + 1]) + (lanes[4 * i + 2] + lanes[4 * i + 3]);
-                store_sums(j, t, m0 + m, rows, 2 * (half + r), 2);
-            }
-    }
+    __m256 sums[2 * kTiles][M];
+    for (int i = 0; i < 2 * kTiles; i++)
+        for (int m = 0; m < M; m++) sums[i][m] = _mm256_setzero_ps();
+    const uint8_t* unit = j.tiles + strip * j.shape.stride;
+    for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
+        for (int i = 0; i < 2 * kTiles; i += R)
+            block_256<VNNI, M, P, R, 8>(acts, j.flags, unit, i / 2, b, i % 2, sums + i);
+    if (j.shape.half)
+        for (int i = 0; i < 2 * kTiles; i += R)
+            block_256<VNNI, M, P, R, 4>(acts, j.flags, unit, i / 2, j.shape.full, i % 2, sums + i);
+    for (int i = 0; i < 2 * kTiles; i++)
+        for (int m = 0; m < M; m++) {
+            float lanes[8], rows[2];
+            _mm256_storeu_ps(lanes, sums[i][m]);
+            for (int k = 0; k < 2; k++)
+                rows[k] = (lanes[4 * k] + lanes[4 * k + 1]) + (lanes[4 * k + 2] + lanes[4 * k + 3]);
+            store_sums(j, strip * kTiles + i / 2, m0 + m, rows, 2 * (i % 2), 2);
+        }
 }
 
 #endif
@@ -504,21 +548,22 @@ INLINE int32x4_t dot_armv82(int32x4_t sum, int8x16_t w, int8x16_t x) {
 }
 
 template <bool DOT, int M, int P, int K>
-INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* tile, int64_t b,
-                       int r, float32x4_t* sums) {
+INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
+                       int64_t b, int r, float32x4_t* sums) {
     static const uint8_t entries[16] = {255, 0, 1, 2, 3, 4, 5,   255,
                                         255, 6, 7, 8, 9, 255, 255, 255};
     static const uint8_t zeros[16] = {128, 0, 0, 0, 0, 0, 0,   128,
                                       128, 0, 0, 0, 0, 128, 128, 128};
     const int8_t* values = acts.values + b * kBlock * M * P;
     flags += b * kBlock;
-    const uint8_t* record = tile + (K == 8 ? 3 : 2) * kPlane + r * kRecord;
+    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
+    const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
     uint8_t own[16] = {0};
     memcpy(own, record, kRecord);
     const uint8x16_t table = veorq_u8(
         vorrq_u8(vqtbl1q_u8(vld1q_u8(own), vld1q_u8(entries)), vld1q_u8(zeros)), vdupq_n_u8(128));
-    const uint8x16_t A = vld1q_u8(tile + 16 * r), B = vld1q_u8(tile + 16 * r + kPlane);
-    const uint8x16_t C = K == 8 ? vld1q_u8(tile + 16 * r + 2 * kPlane) : A;
+    const uint8x16_t A = vld1q_u8(planes), B = vld1q_u8(planes + kPlane);
+    const uint8x16_t C = K == 8 ? vld1q_u8(planes + 2 * kPlane) : A;
     const uint8x16_t seven = vdupq_n_u8(7), four = vdupq_n_u8(4);
     int32x4_t high[M], low[M];
     for (int m = 0; m < M; m++) high[m] = low[m] = vdupq_n_s32(0);
@@ -558,51 +603,52 @@ INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* ti
 }
 
 template <bool DOT, int M, int P>
-void tile_neon(const Job& j, int64_t t, int m0) {
+void strip_neon(const Job& j, int64_t strip, int m0) {
     const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    for (int r = 0; r < kRows; r++) {
-        float32x4_t sums[M];
-        for (int m = 0; m < M; m++) sums[m] = vdupq_n_f32(0);
-        const uint8_t* tile = j.tiles + t * j.shape.stride;
-        for (int64_t b = 0; b < j.shape.full; b++, tile += kFull)
-            block_neon<DOT, M, P, 8>(acts, j.flags, tile, b, r, sums);
-        if (j.shape.half) block_neon<DOT, M, P, 4>(acts, j.flags, tile, j.shape.full, r, sums);
+    float32x4_t sums[kTiles * kRows][M];
+    for (int i = 0; i < kTiles * kRows; i++)
+        for (int m = 0; m < M; m++) sums[i][m] = vdupq_n_f32(0);
+    const uint8_t* unit = j.tiles + strip * j.shape.stride;
+    for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
+        for (int i = 0; i < kTiles * kRows; i++)
+            block_neon<DOT, M, P, 8>(acts, j.flags, unit, i / kRows, b, i % kRows, sums[i]);
+    if (j.shape.half)
+        for (int i = 0; i < kTiles * kRows; i++)
+            block_neon<DOT, M, P, 4>(acts, j.flags, unit, i / kRows, j.shape.full, i % kRows,
+                                     sums[i]);
+    for (int i = 0; i < kTiles * kRows; i++)
         for (int m = 0; m < M; m++) {
-            const float row = vaddvq_f32(sums[m]);
-            store_sums(j, t, m0 + m, &row, r, 1);
+            const float sum = vaddvq_f32(sums[i][m]);
+            store_sums(j, strip * kTiles + i / kRows, m0 + m, &sum, i % kRows, 1);
         }
-    }
 }
 
 #endif
 // ---- dispatch ----------------------------------------------------------------------------------
 
-// Multiply tile t (and t + 1) with a group of vectors that starts at m0.
-typedef void (*Step)(const Job&, int64_t t, int m0);
+// Multiply a strip (16 rows) with a group of vectors that starts at m0.
+typedef void (*Step)(const Job&, int64_t strip, int m0);
 
-constexpr int kSizes = 4;
-const int kSize[kSizes] = {8, 4, 2, 1};  // vectors that a step takes
+constexpr int kSizes = 3;
+const int kSize[kSizes] = {4, 2, 1};  // vectors that a step takes
 
 struct Steps {
-    Step one[kSizes];  // one tile; null = this size is not to be had
-    Step two[kSizes];  // two tiles, or null
+    Step step[kSizes];
 };
 
 #if defined(__x86_64__)
 template <int P>
-const Steps steps_512 = {
-    {tiles_512<8, P, 1>, tiles_512<4, P, 1>, tiles_512<2, P, 1>, tiles_512<1, P, 1>},
-    {nullptr, nullptr, tiles_512<2, P, 2>, tiles_512<1, P, 2>}};
+const Steps steps_512 = {{strip_512<4, P, 2>, strip_512<2, P, 2>, strip_512<1, P, 4>}};
 template <bool VNNI, int P>
 const Steps steps_256 = {
-    {nullptr, tile_256<VNNI, 4, P, 1>, tile_256<VNNI, 2, P, 1>, tile_256<VNNI, 1, P, 2>}, {}};
+    {strip_256<VNNI, 4, P, 1>, strip_256<VNNI, 2, P, 1>, strip_256<VNNI, 1, P, 2>}};
 #endif
 #if defined(__aarch64__)
 template <bool DOT, int P>
-const Steps steps_neon = {
-    {nullptr, tile_neon<DOT, 4, P>, tile_neon<DOT, 2, P>, tile_neon<DOT, 1, P>}, {}};
+const Steps steps_neon = {{strip_neon<DOT, 4, P>, strip_neon<DOT, 2, P>, strip_neon<DOT, 1, P>}};
 #endif
 
+// Null = portable, which takes all vectors at once.
 template <int P>
 const Steps* steps_of(int isa) {
     switch (isa) {
@@ -620,26 +666,19 @@ const Steps* steps_of(int isa) {
 }
 
 // Which of `kSize` takes the next vectors of `left`.
-INLINE int pick(const Steps* steps, int left) {
+INLINE int pick(int left) {
     int s = 0;
-    while (!steps->one[s] || kSize[s] > left) s++;
+    while (kSize[s] > left) s++;
     return s;
 }
 
-// One or two tiles with all vectors; the codes come from memory once and stay in the cache.
+// All vectors: the codes of a strip come from memory once and stay in the cache.
 template <int P>
-void multiply_tiles(const Job& j, const Steps* steps, int64_t t, int count, int batch) {
+void multiply_strip(const Job& j, const Steps* steps, int64_t strip, int batch) {
+    if (!steps) return strip_portable<P>(j, strip, batch);
     for (int m = 0; m < batch;) {
-        if (!steps) {
-            for (int i = 0; i < count; i++) portable_tile<P>(j, t + i, 0, batch);
-            return;
-        }
-        const int s = pick(steps, batch - m);
-        if (count == 2 && steps->two[s]) {
-            steps->two[s](j, t, m);
-        } else {
-            for (int i = 0; i < count; i++) steps->one[s](j, t + i, m);
-        }
+        const int s = pick(batch - m);
+        steps->step[s](j, strip, m);
         m += kSize[s];
     }
 }
@@ -647,22 +686,21 @@ void multiply_tiles(const Job& j, const Steps* steps, int64_t t, int count, int 
 template <int P>
 void multiply(const Job& j, int isa, int batch, int threads) {
     const Steps* steps = steps_of<P>(isa);
-    const int64_t pairs = (j.shape.tiles + 1) / 2;
-    // below about 100 kB a second thread costs more than it saves
-    const int64_t worth = j.shape.tiles * j.shape.stride * batch / 50000;
+    const int64_t strips = j.shape.strips;
+    // below about 50 kB a second thread costs more than it saves
+    const int64_t worth = strips * j.shape.stride * batch / 50000;
     if (threads > worth) threads = worth < 1 ? 1 : (int)worth;
-    int64_t chunk = pairs / (8 * threads);
+    int64_t chunk = strips / (8 * threads);
     chunk = chunk < 1 ? 1 : chunk;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < pairs; p++)
-        multiply_tiles<P>(j, steps, 2 * p, 2 * p + 1 < j.shape.tiles ? 2 : 1, batch);
+    for (int64_t i = 0; i < strips; i++) multiply_strip<P>(j, steps, i, batch);
 }
 
 template <int P, class T>
 INLINE void quantise_all(const Steps* steps, const Shape& s, const T* x, int batch, int8_t* values,
                          float* scale, int32_t* start) {
     for (int m = 0; m < batch;) {
-        const int count = steps ? kSize[pick(steps, batch - m)] : batch;
+        const int count = steps ? kSize[pick(batch - m)] : batch;
         quantise_group<P>(s, x, m, count, values, scale, start);
         m += count;
     }
@@ -703,85 +741,84 @@ void linear(Job& j, const void* x, int dtype, int batch, int isa, int threads, i
 INLINE void store_value(float* out, float value) { *out = value; }
 INLINE void store_value(uint16_t* out, float value) { *out = to_bfloat16(value); }
 
+// n columns of row r of tile t, in one block; fewer than 16 K at the end of the matrix.
 template <int K, class T>
-INLINE void dense_row(const uint8_t* tile, const uint8_t* flags, int r, int n, T* out) {
-    const uint8_t* record = tile + (K == 8 ? 3 : 2) * kPlane + r * kRecord;
+INLINE void dense_row(const uint8_t* unit, const uint8_t* flags, int t, int r, int n, T* out) {
+    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
     const float scale = record_scale(record);
     int8_t levels[16];
     T values[16];
     level_table(record, levels);
     for (int i = 0; i < 16; i++) store_value(values + i, (float)levels[i] * scale);
     uint8_t index[16];
-    for (int k = 0; k < K; k++) {
-        decode_codes(tile, r, k, index);
+    for (int k = 0; 16 * k < n; k++) {
+        decode_codes(planes_of<K>(unit, t), r, k, index);
         const int left = n - 16 * k < 16 ? n - 16 * k : 16;
         for (int i = 0; i < left; i++) out[16 * k + i] = values[index[i] | flags[16 * k + i]];
     }
 }
 
 #if defined(__x86_64__)
-// The row's 16 values are one register of float32, or half a register of bfloat16.
-template <int K>
-T512 INLINE void dense_row_512(const uint8_t* tile, const uint8_t* flags, int r, float* out) {
-    const uint8_t* record = tile + (K == 8 ? 3 : 2) * kPlane + r * kRecord;
+// A row's 16 values are one register of float32, or half a register of bfloat16.
+T512 INLINE void place_512(__m128i index, __m512 values, float* out) {
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(index), values));
+}
+
+T512 INLINE void place_512(__m128i index, __m512 values, uint16_t* out) {
+    // round to nearest even, as torch does; levels are finite
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m256i table = _mm512_cvtepi32_epi16(_mm512_srli_epi32(
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16));
+    _mm256_storeu_si256((__m256i*)out,
+                        _mm256_permutexvar_epi16(_mm256_cvtepu8_epi16(index), table));
+}
+
+template <int K, class T>
+T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
+    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
     int8_t levels[16];
     level_table(record, levels);
     const __m512 values = _mm512_mul_ps(
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)levels))),
         _mm512_set1_ps(record_scale(record)));
+    const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
+    const __m128i A = _mm_loadu_si128((const __m128i*)planes);
+    const __m128i B = _mm_loadu_si128((const __m128i*)(planes + kPlane));
+    const __m128i C = K == 8 ? _mm_loadu_si128((const __m128i*)(planes + 2 * kPlane)) : A;
+    const __m128i three = _mm_set1_epi8(3), seven = _mm_set1_epi8(7);
+    const __m128i code[8] = {
+        A, _mm_srli_epi16(A, 3), B, _mm_srli_epi16(B, 3), C, _mm_srli_epi16(C, 3),
+        _mm_ternarylogic_epi32(_mm_srli_epi16(A, 6), _mm_srli_epi16(C, 4), three, 0xe4),
+        _mm_ternarylogic_epi32(_mm_srli_epi16(B, 6), _mm_srli_epi16(C, 5), three, 0xe4)};
     for (int k = 0; k < K; k++) {
-        uint8_t index[16];
-        decode_codes(tile, r, k, index);
-        const __m128i all = _mm_or_si128(_mm_loadu_si128((const __m128i*)index),
-                                         _mm_loadu_si128((const __m128i*)(flags + 16 * k)));
-        _mm512_storeu_ps(out + 16 * k,
-                         _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(all), values));
-    }
-}
-
-template <int K>
-T512 INLINE void dense_row_512(const uint8_t* tile, const uint8_t* flags, int r, uint16_t* out) {
-    const uint8_t* record = tile + (K == 8 ? 3 : 2) * kPlane + r * kRecord;
-    const float scale = record_scale(record);
-    int8_t levels[16];
-    uint16_t values[16];
-    level_table(record, levels);
-    for (int i = 0; i < 16; i++) values[i] = to_bfloat16((float)levels[i] * scale);
-    const __m256i table = _mm256_loadu_si256((const __m256i*)values);
-    for (int k = 0; k < K; k++) {
-        uint8_t index[16];
-        decode_codes(tile, r, k, index);
-        const __m128i all = _mm_or_si128(_mm_loadu_si128((const __m128i*)index),
-                                         _mm_loadu_si128((const __m128i*)(flags + 16 * k)));
-        _mm256_storeu_si256((__m256i*)(out + 16 * k),
-                            _mm256_permutexvar_epi16(_mm256_cvtepu8_epi16(all), table));
+        const __m128i flag = _mm_loadu_si128((const __m128i*)(flags + 16 * k));
+        place_512(_mm_ternarylogic_epi32(code[k], seven, flag, 0xea), values, out + 16 * k);
     }
 }
 
 template <class T>
-T512 void dense_tile_512(const Shape& s, const uint8_t* tile, const uint8_t* flags, int r, T* out) {
-    for (int64_t b = 0; b < s.full; b++, tile += kFull) {
+T512 void dense_512(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
+                    T* out) {
+    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {
         const int64_t left = s.cols - b * kBlock;
-        if (left >= kBlock)
-            dense_row_512<8>(tile, flags + b * kBlock, r, out + b * kBlock);
-        else
-            dense_row<8>(tile, flags + b * kBlock, r, (int)left, out + b * kBlock);
+        if (left >= kBlock) dense_row_512<8>(unit, flags, t, r, out);
+        else dense_row<8>(unit, flags, t, r, (int)left, out);
     }
-    const int64_t done = s.full * kBlock, left = s.cols - done;
-    if (s.half && left == kBlock / 2) dense_row_512<4>(tile, flags + done, r, out + done);
-    else if (s.half) dense_row<4>(tile, flags + done, r, (int)left, out + done);
+    const int64_t left = s.cols - s.full * kBlock;
+    if (s.half && left == kBlock / 2) dense_row_512<4>(unit, flags, t, r, out);
+    else if (s.half) dense_row<4>(unit, flags, t, r, (int)left, out);
 }
 #endif
 
 template <class T>
-void dense_tile(const Shape& s, const uint8_t* tile, const uint8_t* flags, int r, T* out) {
-    for (int64_t b = 0; b < s.full; b++, tile += kFull) {
+INLINE void dense_any(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
+                      T* out) {
+    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {
         const int64_t left = s.cols - b * kBlock;
-        dense_row<8>(tile, flags + b * kBlock, r, left < kBlock ? (int)left : kBlock,
-                     out + b * kBlock);
+        dense_row<8>(unit, flags, t, r, left < kBlock ? (int)left : kBlock, out);
     }
-    const int64_t done = s.full * kBlock;
-    if (s.half) dense_row<4>(tile, flags + done, r, (int)(s.cols - done), out + done);
+    if (s.half) dense_row<4>(unit, flags, t, r, (int)(s.cols - s.full * kBlock), out);
 }
 
 template <class T>
@@ -789,16 +826,53 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
            T* out, [[maybe_unused]] int isa, int threads) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1)
     for (int64_t row = row0; row < row1; row++) {
-        const uint8_t* tile = tiles + row / kRows * s.stride;
+        const uint8_t* unit = tiles + row / (kTiles * kRows) * s.stride;
+        const int t = (int)(row / kRows % kTiles), r = (int)(row % kRows);
         T* to = out + (row - row0) * s.cols;
 #if defined(__x86_64__)
         if (isa == AVX512) {
-            dense_tile_512(s, tile, flags, (int)(row % kRows), to);
+            dense_512(s, unit, flags, t, r, to);
             continue;
         }
 #endif
-        dense_tile(s, tile, flags, (int)(row % kRows), to);
+        dense_any(s, unit, flags, t, r, to);
     }
+}
+
+// ---- the read ceiling --------------------------------------------------------------------------
+
+// Nothing but reads of whole cache lines, eight independent sums: what no kernel can beat.
+INLINE uint64_t read_all(const uint64_t* data, int64_t words) {
+    uint64_t sums[64] = {0};
+    for (int64_t i = 0; i + 64 <= words; i += 64)
+        for (int k = 0; k < 64; k++) sums[k] ^= data[i + k];
+    uint64_t sum = 0;
+    for (int k = 0; k < 64; k++) sum ^= sums[k];
+    return sum;
+}
+
+uint64_t read_portable(const uint64_t* data, int64_t words) { return read_all(data, words); }
+#if defined(__x86_64__)
+T256 uint64_t read_256(const uint64_t* data, int64_t words) { return read_all(data, words); }
+T512 uint64_t read_512(const uint64_t* data, int64_t words) {
+    __m512i sums[8] = {};
+    for (int64_t i = 0; i + 64 <= words; i += 64)
+        for (int k = 0; k < 8; k++)
+            sums[k] = _mm512_xor_si512(sums[k], _mm512_loadu_si512(data + i + 8 * k));
+    uint64_t lanes[8], sum = 0;
+    for (int k = 1; k < 8; k++) sums[0] = _mm512_xor_si512(sums[0], sums[k]);
+    _mm512_storeu_si512(lanes, sums[0]);
+    for (int k = 0; k < 8; k++) sum ^= lanes[k];
+    return sum;
+}
+#endif
+
+uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t words) {
+#if defined(__x86_64__)
+    if (isa == AVX512) return read_512(data, words);
+    if (isa != PORTABLE) return read_256(data, words);
+#endif
+    return read_portable(data, words);
 }
 
 }  // namespace
@@ -879,4 +953,15 @@ EXPORT int subbit_b3_dense(const uint8_t* tiles, int64_t tile_bytes, const uint8
     else
         dense(shape, tiles, flags, row0, row1, (float*)out, isa, threads);
     return 0;
+}
+
+// Read `bytes` bytes (whole chunks of 64 KiB) and return their xor: the measure of other kernels.
+EXPORT uint64_t subbit_b3_read(const void* data, int64_t bytes, int isa, int threads) {
+    const int64_t chunk = 65536, chunks = bytes / chunk;
+    uint64_t sum = 0;
+    if (!subbit_b3_supports(isa) || threads < 1) return 0;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1) reduction(^ : sum)
+    for (int64_t i = 0; i < chunks; i++)
+        sum ^= read_words(isa, (const uint64_t*)data + i * (chunk / 8), chunk / 8);
+    return sum;
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from subbit.errors import RecipeError, SubbitError, nearest
 from subbit.packed.kernels.layout import sizes
 
-__all__ = ["MAX_BATCH", "available", "dense", "kernel_name", "linear"]
+__all__ = ["MAX_BATCH", "available", "dense", "kernel_name", "linear", "read"]
 
 MAX_BATCH = 16
 """Vectors that `linear` takes at once."""
@@ -44,6 +44,8 @@ def _library() -> ctypes.CDLL | None:
             found.subbit_b3_linear.argtypes = [pointer, number, number, *weights, pointer]
             found.subbit_b3_linear.argtypes += [number, number, number]
             found.subbit_b3_dense.argtypes = [*weights, size, size, pointer, number, number, number]
+            found.subbit_b3_read.argtypes = [pointer, size, number, number]
+            found.subbit_b3_read.restype = ctypes.c_uint64
             return found
     return None
 
@@ -167,3 +169,20 @@ def dense(
     )
     _check(status)
     return True
+
+
+def read(data: Tensor) -> int:
+    """Read a contiguous tensor once, as fast as this machine can, by whole 64 KiB.
+
+    It takes the time that no kernel which reads as many bytes from memory can undercut.
+
+    Returns:
+        The xor of the 64-bit words read; 0, having read nothing, without compiled kernels.
+    """
+    isa = _compiled()
+    if isa is None:
+        return 0
+    if data.device.type != "cpu" or not data.is_contiguous():
+        raise ValueError("only a contiguous tensor on the CPU can be read.")
+    nbytes = data.numel() * data.element_size()
+    return _library().subbit_b3_read(data.data_ptr(), nbytes, isa, torch.get_num_threads())

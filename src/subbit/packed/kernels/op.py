@@ -24,7 +24,7 @@ _OPERATORS.define(
 def decode(
     tiles: Tensor, flags: Tensor, rows: int, cols: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
-    """Rows `start:stop` (`start` a multiple of 4) of W: `dtype` `(stop - start, cols)`."""
+    """Rows `start:stop` (`start` a multiple of 16) of W: `dtype` `(stop - start, cols)`."""
     if tiles.device.type == "cpu":
         own = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         out = torch.empty(stop - start, cols, dtype=own)
