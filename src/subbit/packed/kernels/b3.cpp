@@ -94,6 +94,10 @@ INLINE const uint8_t* records_of(const uint8_t* unit, int t) {
     return unit + kTiles * (K == 8 ? 3 : 2) * kPlane + t * kRows * kRecord;
 }
 
+// Keeps loads where they are: compilers would move those that two steps share to the stack, which
+// costs more than loading them again.
+INLINE void stay() { __asm__ volatile("" ::: "memory"); }
+
 INLINE float bits_to_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
@@ -295,6 +299,7 @@ T512 INLINE void columns_512(Work512<M, P, R>& work, const __m512i* code, const 
 template <int M, int P, int R, int K>
 T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
                            int64_t b, __m512 (*sums)[M]) {
+    stay();
     const int8_t* values = acts.values + b * kBlock * M * P;
     const int32_t* starts = acts.start + 4 * b * M;
     flags += b * kBlock;
@@ -419,6 +424,7 @@ T256 INLINE __m256i twice(const void* p) {
 template <bool VNNI, int M, int P, int R, int K>
 T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
                            int64_t b, int half, __m256 (*sums)[M]) {
+    stay();
     const int8_t* values = acts.values + b * kBlock * M * P;
     const int32_t* starts = acts.start + 4 * b * M;
     flags += b * kBlock;
@@ -554,6 +560,7 @@ INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* un
                                         255, 6, 7, 8, 9, 255, 255, 255};
     static const uint8_t zeros[16] = {128, 0, 0, 0, 0, 0, 0,   128,
                                       128, 0, 0, 0, 0, 128, 128, 128};
+    stay();
     const int8_t* values = acts.values + b * kBlock * M * P;
     flags += b * kBlock;
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
@@ -853,7 +860,18 @@ INLINE uint64_t read_all(const uint64_t* data, int64_t words) {
 
 uint64_t read_portable(const uint64_t* data, int64_t words) { return read_all(data, words); }
 #if defined(__x86_64__)
-T256 uint64_t read_256(const uint64_t* data, int64_t words) { return read_all(data, words); }
+T256 uint64_t read_256(const uint64_t* data, int64_t words) {
+    __m256i sums[8] = {};
+    for (int64_t i = 0; i + 32 <= words; i += 32)
+        for (int k = 0; k < 8; k++)
+            sums[k] = _mm256_xor_si256(
+                sums[k], _mm256_loadu_si256((const __m256i*)(data + i + 4 * k)));
+    uint64_t lanes[4], sum = 0;
+    for (int k = 1; k < 8; k++) sums[0] = _mm256_xor_si256(sums[0], sums[k]);
+    _mm256_storeu_si256((__m256i*)lanes, sums[0]);
+    for (int k = 0; k < 4; k++) sum ^= lanes[k];
+    return sum;
+}
 T512 uint64_t read_512(const uint64_t* data, int64_t words) {
     __m512i sums[8] = {};
     for (int64_t i = 0; i + 64 <= words; i += 64)
