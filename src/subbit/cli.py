@@ -271,7 +271,9 @@ def inspect(
     typer.echo(bits_in_words(found["total"]))
     layouts = [layout for layout, _ in read_config(folder).layouts().values()]
     fast = sum(fits(layout) for layout in layouts)
-    typer.echo(f"CPU kernel on this machine: {kernel_name()}, for {fast} of {len(layouts)} linears.")
+    typer.echo(
+        f"CPU kernel on this machine: {kernel_name()}, for {fast} of {len(layouts)} linears."
+    )
     typer.echo(
         "Paper bits count the signs of the kept weights, as papers do; stored bits count every "
         "byte on disk: signs, masks, group labels, levels."

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from hypothesis import strategies as st
-
 from packed_examples import make_linear
+
 from subbit.codes import CompressedLinear, on_int8_grid
 
 __all__ = ["b3_linears", "make_int8"]

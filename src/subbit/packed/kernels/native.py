@@ -129,7 +129,9 @@ def linear(
         return None
     batch = x.shape[0]
     if not 1 <= batch <= MAX_BATCH or x.shape[1] != cols or planes not in (1, 2):
-        raise ValueError(f"x {tuple(x.shape)}, planes {planes} do not fit a linear of {cols} columns.")
+        raise ValueError(
+            f"x {tuple(x.shape)}, planes {planes} do not fit a linear of {cols} columns."
+        )
     out = torch.empty(batch, rows, dtype=torch.float32)
     status = _library().subbit_b3_linear(
         x.data_ptr(),

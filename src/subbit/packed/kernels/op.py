@@ -79,9 +79,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 _OPERATORS.impl("b3_linear", _linear, "CPU")
 torch.library.register_fake("subbit::b3_linear", _shape_only, lib=_OPERATORS)
-torch.library.register_autograd(
-    "subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS
-)
+torch.library.register_autograd("subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS)
 
 b3_linear = torch.ops.subbit.b3_linear
 """`(x, tiles, flags, rows, cols, planes) -> y`: x `(..., cols)`, y `(..., rows)`, same dtype."""
