@@ -14,16 +14,17 @@ SOURCE = ROOT / "src" / "subbit"
 # room -> the rooms it may import; the same table as in docs/architecture.md
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "quiet": set(),
     "codes": set(),
     "recipe": {"errors"},
     "text": {"errors"},
     "linalg": {"errors"},
-    "model": {"linalg", "errors"},
+    "model": {"linalg", "quiet", "errors"},
     "prune": {"linalg", "errors"},
     "binarize": {"linalg", "codes", "errors"},
     "methods": {"linalg", "prune", "binarize", "codes", "errors"},
     "packed": {"codes", "errors"},
-    "hub": {"packed", "recipe", "codes", "errors"},
+    "hub": {"packed", "recipe", "codes", "quiet", "errors"},
     "run": {"errors"},
     "evaluate": {"hub", "text", "model", "errors"},
 }
@@ -32,7 +33,7 @@ ROOMS["study"] = set(ROOMS)
 EVERYTHING = {"__init__", "cli", "demo"}  # these may import any room, but only inside functions
 ROOMS |= {room: set(ROOMS) | EVERYTHING for room in EVERYTHING}
 
-TRANSFORMERS = {"model", "text", "hub", "evaluate"}
+TRANSFORMERS = {"model", "text", "hub", "evaluate", "quiet"}
 TORCH_ONLY = {"linalg", "packed"}
 NOT_TO_LOAD = ("methods", "text", "model", "study")
 
@@ -42,12 +43,21 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """Absolute module names that a file imports, with the line, and whether inside a function."""
+    """Absolute module names that a file imports, with the line, and whether inside a function.
+
+    What stands under `if TYPE_CHECKING:` is never run; there, types of other packages are free.
+    """
     package = ["subbit", *path.relative_to(SOURCE).parent.parts]
     found = []
 
     def visit(node: ast.AST, inside: bool) -> None:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                before = len(found)
+                visit(child, inside)
+                ours = [entry for entry in found[before:] if entry[0].startswith("subbit")]
+                found[before:] = ours
+                continue
             if isinstance(child, ast.Import):
                 found.extend((alias.name, child.lineno, inside) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, REFUSED, tiny_model, tiny_tokenizer
 
 import subbit
 from subbit.errors import (
@@ -22,6 +21,7 @@ from subbit.errors import (
 )
 from subbit.hub.inspect import inspect_folder
 from subbit.hub.quantizer import packed_modules
+from tiny_models import FAMILIES, REFUSED, tiny_model, tiny_tokenizer
 
 SMALL = ["calibration.nsamples=3", "calibration.seqlen=24"]
 
@@ -93,7 +93,9 @@ def test_the_report_is_what_the_file_holds(folder, text, tmp_path):
     kept = [linear["nm"][0] for linear in facts["linears"]]
     assert set(kept) == {3, 4, 5}  # three blocks, one rank each
     assert result.report["mean_kept"] <= 4
-    lines = [json.loads(x) for x in (tmp_path / "packed/compression.jsonl").read_text().split("\n")[:-1]]
+    lines = [
+        json.loads(x) for x in (tmp_path / "packed/compression.jsonl").read_text().split("\n")[:-1]
+    ]
     assert len(lines) == len(facts["linears"]) + 1
     assert {"name", "loss", "damping", "seconds", "stored_bits", "paper_bits"} <= set(lines[0])
     assert not (tmp_path / "packed.partial").exists()
@@ -103,7 +105,10 @@ def test_each_block_is_calibrated_on_the_compressed_blocks_before_it(text):
     def second_block_loss(overrides):
         model = tiny_model(FAMILIES[0]).float()
         done = compress(
-            model, text, tokenizer=tiny_tokenizer(), overrides=["coarse.allocation=uniform", *overrides]
+            model,
+            text,
+            tokenizer=tiny_tokenizer(),
+            overrides=["coarse.allocation=uniform", *overrides],
         )
         return done.records
 
@@ -198,7 +203,9 @@ def test_bad_input_ends_early_and_leaves_nothing(folder, text, tmp_path):
     refused(ModelError, "model.safetensors")
     weights.write_bytes(whole)
     model = tiny_model(FAMILIES[0])
-    name, parameter = next((n, p) for n, p in model.named_parameters() if "up_proj" in n or p.ndim == 2)
+    name, parameter = next(
+        (n, p) for n, p in model.named_parameters() if "up_proj" in n or p.ndim == 2
+    )
     with torch.no_grad():
         parameter[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=name):
@@ -217,7 +224,9 @@ def test_a_width_that_is_no_multiple_of_eight_keeps_the_rule(text, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
-    result = compress(model, text, tokenizer=tiny_tokenizer(), overrides=["coarse.allocation=uniform"])
+    result = compress(
+        model, text, tokenizer=tiny_tokenizer(), overrides=["coarse.allocation=uniform"]
+    )
     for name, module in packed_modules(result.model).items():
         nonzero = module.compressed().codes != 0
         for start in range(0, nonzero.shape[1], 8):

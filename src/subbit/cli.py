@@ -324,6 +324,35 @@ def methods(
     typer.echo("Every option of every method: subbit methods --json")
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="Name; see --list.")] = "",
+    model: Annotated[str, typer.Option(help="Hub id, model folder or .gguf file.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the records of the cells.")] = Path(
+        "records"
+    ),
+    only: Annotated[
+        list[str] | None, typer.Option(help="Measure this cell alone; may be repeated.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="List the studies and cells.")] = False,
+) -> None:
+    """Make one of the tables in docs/: measure its cells, each kept under OUT/STUDY, and print it.
+
+    A cell that is there already is not measured again; an interrupted one resumes.
+    """
+    from subbit.study.studies import STUDIES
+    from subbit.study.studies import study as find
+
+    if listing or not name:
+        for key, found in STUDIES.items():
+            typer.echo(f"{key}: {found.title}: {', '.join(cell.name for cell in found.cells)}")
+        return
+    chosen = find(name)
+    from subbit.study.run import run_study
+
+    typer.echo(run_study(name, chosen, model, out, only or [], _say))
+
+
 def _load(source: str, dtype: str, device: str, keep_dense: bool = False) -> tuple[Any, Any]:
     """Return model and tokenizer of a packed folder or of any model that `compress` takes."""
     from subbit.hub.inspect import is_packed

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from packed_models import logits, packed_model
 from safetensors.torch import load_file
@@ -116,3 +117,12 @@ def test_trust_remote_code_needs_no_import_but_the_package(folders, tmp_path):
         for name in (f"{i}", f"{i}b"):
             found = load_file(tmp_path / name)["logits"]
             assert torch.equal(found, logits(packed_model(family))), (family, name)
+
+
+@pytest.mark.parametrize(
+    "module", ["subbit.hub.quantizer", "subbit.hub.load", "subbit.hub.config", "subbit.compression"]
+)
+def test_every_module_can_be_the_first_one_imported(module):
+    code = f"import {module}; from transformers.quantizers import auto; "
+    code += "assert 'subbit' in auto.AUTO_QUANTIZER_MAPPING"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

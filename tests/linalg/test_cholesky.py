@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from subbit.linalg import factorize
@@ -10,10 +11,11 @@ def gram(tokens, features, seed=0):
     return X.T @ X
 
 
-def test_u_is_the_upper_factor_of_the_damped_inverse():
-    H = gram(200, 24)
+@pytest.mark.parametrize("features", [1, 24, 600])
+def test_u_is_the_upper_factor_of_the_damped_inverse(features):
+    H = gram(8 * features, features)
     factor = factorize(H, 0.01)
-    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(24)
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(features)
     torch.testing.assert_close(
         (factor.U.T @ factor.U).double(), torch.linalg.inv(damped), rtol=1e-4, atol=1e-7
     )

@@ -285,7 +285,7 @@ def test_kill_9_at_every_step_of_the_commits(tmp_path):
     out = tmp_path / "m"
     before, deaths = 0, 0
     for attempt in range(20):
-        process = run_script(COMMIT_AND_DIE, str(out), str(2 * attempt + 1))
+        process = run_script(COMMIT_AND_DIE, str(out), str(3 * attempt + 1))
         said = process.communicate()[0].split()
         if said:
             assert int(said[1]) >= before

@@ -18,6 +18,9 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def _register() -> None:
+    ours = sys.modules.get("subbit.hub.quantizer")
+    if ours is not None and not hasattr(ours, "register"):
+        return  # it is just being imported, asked for the table first, and registers at its end
     from subbit.hub.quantizer import register
 
     register()

@@ -21,6 +21,7 @@ from subbit.hub.inspect import is_packed, read_config
 from subbit.hub.manifest import MANIFEST, has_manifest, verify_manifest
 from subbit.hub.quantizer import packed_modules, register
 from subbit.packed.layout import FORMAT_VERSION
+from subbit.quiet import quiet_transformers
 
 __all__ = ["is_packed", "load", "load_tokenizer"]
 
@@ -111,9 +112,10 @@ def _device(device: str | torch.device) -> torch.device:
 def _build(folder: Path, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:
     device_map = None if device.type == "cpu" else {"": device}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map=device_map, output_loading_info=True
+            )
     except SafetensorError as error:
         raise FormatError(
             f"the weights in '{folder}' cannot be read ({error}); copy or download them again."

@@ -179,3 +179,6 @@ def _check_stored(layouts: dict[str, tuple[Layout, bool]], files: list[str] | No
                     f"{info.file} holds '{name}.{field}' as {info.dtype} {info.shape}, but its "
                     f"layout says {dtype} {tuple(shape)}; copy or download it again."
                 )
+
+
+register()

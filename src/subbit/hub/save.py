@@ -15,6 +15,7 @@ from subbit.hub.config import SubbitConfig
 from subbit.hub.inspect import inspect_folder
 from subbit.hub.manifest import write_manifest
 from subbit.hub.quantizer import attach, packed_modules
+from subbit.quiet import quiet_transformers
 
 __all__ = ["save_packed"]
 
@@ -77,7 +78,8 @@ def save_packed(
     )
     attach(model, config)
     # the file's names are the modules' names, also where transformers has older ones for them
-    model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
+    with quiet_transformers():
+        model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
     for shard in out.glob("*.safetensors"):  # written private, unlike everything else
         shard.chmod((out / "config.json").stat().st_mode)
     if tokenizer is not None:

@@ -1,12 +1,14 @@
 """Damping ladder and the upper Cholesky factor of the inverse Hessian."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 __all__ = ["Factor", "factorize"]
 
+_LEAF = 256  # size below which a triangular inverse is left to LAPACK
 _RUNGS = 5  # percdamp, 10x, 100x, 1000x, 10000x; then the diagonal alone
 
 
@@ -27,14 +29,21 @@ class Factor:
     dead: Tensor
     damping: float
 
+    def damped(self) -> Tensor:
+        """H with its damping, `(U^T U)^-1`: what the compensated loss is measured in."""
+        if isfinite(self.damping):
+            ridge = self.damping * float(self.H.diagonal().mean())
+            return self.H + ridge * torch.eye(len(self.H), device=self.H.device)
+        return torch.diag(self.H.diagonal())
+
 
 def factorize(H: Tensor, percdamp: float) -> Factor:
     """Damp and factorise H, climbing a ladder (x10) until the factorisation is sound.
 
     With J the reversal of all columns, `J H J = C C^T` gives `H = R R^T` for the upper triangular
-    `R = J C J`, so `U = R^-1` needs one Cholesky and one triangular inverse. Both are done in
-    float64: LAPACK's Cholesky depends on the number of threads in its last bits, and rounding
-    the result to float32 takes that away.
+    `R = J C J`, so `U = R^-1` needs one Cholesky and one triangular inverse. The Cholesky is done
+    in float64: LAPACK's depends on the number of threads in its last bits, and rounding the
+    result to float32 takes that away.
 
     Args:
         H: `(cols, cols)` symmetric, un-normalised.
@@ -61,6 +70,19 @@ def _inverse_factor(H: Tensor, ridge: float) -> Tensor | None:
     C, info = torch.linalg.cholesky_ex(flipped)
     if int(info) != 0:
         return None
-    eye = torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
-    U = torch.linalg.solve_triangular(C, eye, upper=False).flip(0, 1).to(H.dtype)
+    U = _lower_inverse(C.to(H.dtype)).flip(0, 1).contiguous()
     return U if bool(torch.isfinite(U).all()) else None
+
+
+def _lower_inverse(C: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, by halves: a third of the work of a full solve."""
+    size = C.shape[0]
+    if size <= _LEAF:
+        eye = torch.eye(size, dtype=C.dtype, device=C.device)
+        return torch.linalg.solve_triangular(C, eye, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(C)
+    top, bottom = _lower_inverse(C[:half, :half]), _lower_inverse(C[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = top, bottom
+    inverse[half:, :half] = -(bottom @ (C[half:, :half] @ top))
+    return inverse

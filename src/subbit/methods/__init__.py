@@ -5,10 +5,11 @@ from typing import Any
 from subbit.errors import RecipeError, nearest
 from subbit.methods.base import LinearStats, Method, Options, Settings
 from subbit.methods.pbs2p import PBS2P
+from subbit.methods.pbs2p_plus import PBS2PPlus
 
 __all__ = ["METHODS", "LinearStats", "Method", "Options", "Settings", "list_methods", "make_method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PBS2P,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (PBS2P, PBS2PPlus)}
 
 
 def make_method(

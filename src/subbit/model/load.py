@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from subbit.errors import ModelError, RecipeError, nearest
 from subbit.model.checks import check_complete, check_declared, check_kind
 from subbit.model.files import check_weights, fetch, looks_like_hub_id, read_json
+from subbit.quiet import quiet_transformers
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -107,12 +107,15 @@ def _load_folder(
     check_declared(read_json(folder / "config.json"), source, trust_remote_code)
     check_weights(folder)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _explained(f"'{source}'"), _quiet():
+    with _explained(f"'{source}'"), quiet_transformers():
         config = AutoConfig.from_pretrained(folder, **options)
     check_kind(config, source)
-    with _explained(f"the tokenizer of '{source}'", "put its files beside the weights"), _quiet():
+    with (
+        _explained(f"the tokenizer of '{source}'", "put its files beside the weights"),
+        quiet_transformers(),
+    ):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    with _explained(f"'{source}'"), _quiet():
+    with _explained(f"'{source}'"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, **_REPORT, **options
         )
@@ -130,7 +133,7 @@ def _load_gguf(path: Path, source: str, dtype: torch.dtype) -> LoadedModel:
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         # the reader's own progress bar knows no off switch
-        with _quiet(), redirect_stderr(io.StringIO()):
+        with quiet_transformers(), redirect_stderr(io.StringIO()):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=dtype, **_REPORT, **options, **dense
             )
@@ -169,19 +172,6 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
     except Exception as error:
         reason = _first_line(error) + (f"; {advice}" if advice else "")
         raise ModelError(f"transformers cannot load {what}: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars off stderr, and put both back after."""
-    verbosity = logging.get_verbosity()
-    hook = logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **kwargs | {"disable": True}))
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.set_tqdm_hook(hook)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,38 +1,58 @@
-"""The studies: which cells make which table."""
+"""The studies: which cells make which table, and how they are measured."""
+
+from dataclasses import dataclass
 
 from subbit.errors import RecipeError, nearest
-from subbit.study.cells import Cell
+from subbit.study.cells import Cell, Protocol
 
-__all__ = ["STUDIES", "cells_of"]
+__all__ = ["STUDIES", "Study", "study"]
 
-_SMALL = ["6-8", "5-8", "4-8"]
 
-STUDIES: dict[str, tuple[str, list[Cell]]] = {
-    "pbs2p": (
-        "PBS2P at three N:M, and what each of its parts is worth (paper, Tables 1 and 4)",
+@dataclass(frozen=True)
+class Study:
+    """One table.
+
+    Attributes:
+        title: what it shows.
+        protocol: how every cell is calibrated and measured.
+        cells: its rows.
+    """
+
+    title: str
+    protocol: Protocol
+    cells: list[Cell]
+
+
+STUDIES: dict[str, Study] = {
+    "pbs2p": Study(
+        "PBS2P at three N:M (paper, Table 1), 32 x 2048 calibration tokens",
+        Protocol(),
+        [Cell("original", None), *(Cell(f"pbs2p-{n}-8", f"pbs2p-{n}-8") for n in (6, 5, 4))],
+    ),
+    "pbs2p-parts": Study(
+        "What each part of PBS2P is worth at 6:8 (paper, Table 4), 8 x 2048 calibration tokens",
+        Protocol(nsamples=8, windows=10),
         [
-            Cell("original", None),
-            *(Cell(f"pbs2p-{nm}", f"pbs2p-{nm}") for nm in _SMALL),
-            Cell("6-8-no-spbo", "pbs2p-6-8", ["spbo=false"]),
-            Cell("6-8-magnitude", "pbs2p-6-8", ["fine_metric=magnitude"]),
-            Cell("6-8-random", "pbs2p-6-8", ["fine_metric=random"]),
-            Cell("6-8-wanda", "pbs2p-6-8", ["fine_metric=wanda"]),
-            Cell("6-8-si", "pbs2p-6-8", ["fine_metric=si"]),
-            Cell("6-8-printed-mu", "pbs2p-6-8", ["mask_aware=false"]),
-            Cell("6-8-full-target", "pbs2p-6-8", ["target=full"]),
-            Cell("6-8-uniform", "pbs2p-6-8", ["coarse.allocation=uniform"]),
-            Cell("6-8-exact-compensation", "pbs2p-6-8", ["compensation=exact"]),
+            Cell("pbs2p", "pbs2p-6-8"),
+            Cell("no-spbo", "pbs2p-6-8", ["spbo=false"]),
+            Cell("metric-magnitude", "pbs2p-6-8", ["fine_metric=magnitude"]),
+            Cell("metric-random", "pbs2p-6-8", ["fine_metric=random"]),
+            Cell("metric-wanda", "pbs2p-6-8", ["fine_metric=wanda"]),
+            Cell("metric-si", "pbs2p-6-8", ["fine_metric=si"]),
+            Cell("coarse-uniform", "pbs2p-6-8", ["coarse.allocation=uniform"]),
+            Cell("mu-as-printed", "pbs2p-6-8", ["mask_aware=false"]),
+            Cell("exact-compensation", "pbs2p-6-8", ["compensation=exact"]),
         ],
     ),
 }
 
 
-def cells_of(study: str) -> list[Cell]:
-    """The cells of a study.
+def study(name: str) -> Study:
+    """A study by name.
 
     Raises:
         RecipeError: no such study.
     """
-    if study not in STUDIES:
-        raise RecipeError(f"unknown study '{study}'{nearest(study, STUDIES)}")
-    return STUDIES[study][1]
+    if name not in STUDIES:
+        raise RecipeError(f"unknown study '{name}'{nearest(name, STUDIES)}")
+    return STUDIES[name]

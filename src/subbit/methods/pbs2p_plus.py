@@ -1,0 +1,142 @@
+"""PBS2P with its avoidable losses taken out: our own options on top of the paper's."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from subbit.binarize.levels import fit_levels
+from subbit.binarize.refine import Coding, refine
+from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
+from subbit.linalg import BlockView, factorize, run_blocks
+from subbit.methods.assemble import CodedBlock, assemble
+from subbit.methods.base import LinearStats, damping_record
+from subbit.methods.pbs2p import PBS2P, PBS2POptions
+from subbit.prune import Scorer, ranks_in_groups
+
+__all__ = ["PBS2PPlus", "PBS2PPlusOptions"]
+
+
+class PBS2PPlusOptions(PBS2POptions):
+    """The options of `pbs2p`, and ours.
+
+    Attributes:
+        codebook: "groups": what `pbs2p` fits (three magnitude groups and salient columns) is the
+            start; "free": `free_levels` values a row and block, no salient columns.
+        sweeps: joint level solves and descent sweeps in every block.
+        remask: let kept and pruned weights of a group change places during the descent.
+        passes: sweeps over all blocks of the row afterwards, with the whole H, each block against
+            its conditional target.
+    """
+
+    compensation: Literal["diagonal", "exact"] = "exact"
+    objective: Literal["gram", "schur"] = "schur"
+    codebook: Literal["groups", "free"] = "free"
+    free_levels: int = Field(6, ge=1, le=16)
+    sweeps: int = Field(6, ge=0)
+    remask: bool = True
+    passes: int = Field(3, ge=0)
+
+
+class PBS2PPlus(PBS2P):
+    """PBS2P refined: exact compensation, Schur objective, joint solve, descent, mask re-chosen.
+
+    With `codebook=groups`, `sweeps=0`, `passes=0`, `compensation=diagonal`, `objective=gram` it is
+    `pbs2p`, bit for bit.
+    """
+
+    name = "pbs2p-plus"
+    paper = "PBS2P, with options of this project"
+    year = 2026
+    summary = "6 free levels, exact compensation, joint solve and descent, mask re-chosen"
+    Opt = PBS2PPlusOptions
+    options: PBS2PPlusOptions
+
+    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+        o, settings = self.options, self.settings
+        factor = factorize(stats.H, settings.percdamp)
+        scorer = Scorer(
+            o.fine_metric,
+            W,
+            stats.H,
+            factor,
+            hessian_score=o.hessian_score,
+            seed=settings.seed,
+            name=stats.name,
+        )
+
+        def compress_block(block: BlockView) -> CodedBlock:
+            start = self._start(block, scorer(block), nm)
+            return self._refined(block.W, block.S, start, nm, o.sweeps)
+
+        blocks = run_blocks(
+            W,
+            factor,
+            settings.blocksize,
+            compress_block,
+            compensation=o.compensation,
+            objective=o.objective,
+        )
+        if o.passes:
+            W = W.masked_fill(factor.dead, 0.0)
+            blocks = self._pass_over_all(W, factor.damped(), blocks, nm)
+        return assemble(blocks, settings.blocksize, nm, damping_record(factor))
+
+    def _start(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
+        if self.options.codebook == "groups":
+            return self._compress_block(block, score, nm)
+        n, m = nm
+        keep = ranks_in_groups(score, m) >= m - n
+        count = self.options.free_levels
+        codes, levels = fit_levels(block.W, keep, count, block.S.diagonal())
+        table = LevelTable("free", count, levels.half().unsqueeze(1))
+        return CodedBlock(codes.to(torch.uint8), table)
+
+    def _refined(
+        self, target: Tensor, S: Tensor, block: CodedBlock, nm: tuple[int, int], sweeps: int
+    ) -> CodedBlock:
+        if sweeps == 0:
+            return block
+        coding = refine(target, S, coding_of(block), nm, sweeps=sweeps, remask=self.options.remask)
+        return coded(coding, block)
+
+    def _pass_over_all(
+        self, W: Tensor, H: Tensor, blocks: list[CodedBlock], nm: tuple[int, int]
+    ) -> list[CodedBlock]:
+        """Sweep over the blocks, the others fixed: target `Q_b + R_b H_bb^-1`, R = (W - Q) H."""
+        Q = torch.cat([block.dense() for block in blocks], 1)
+        R = (W - Q) @ H
+        size = self.settings.blocksize
+        for _ in range(self.options.passes):
+            for i, block in enumerate(blocks):
+                b = slice(i * size, i * size + block.codes.shape[1])
+                target = Q[:, b] + torch.linalg.solve(H[b, b], R[:, b].T).T
+                blocks[i] = self._refined(target, H[b, b], block, nm, sweeps=1)
+                change = blocks[i].dense() - Q[:, b]
+                R -= change @ H[b]
+                Q[:, b] += change
+        return blocks
+
+
+def coding_of(block: CodedBlock) -> Coding:
+    """A coded block as the refinement wants it; salient levels only if a column is salient."""
+    tables = [block.levels]
+    salient = torch.zeros(block.codes.shape[1], dtype=torch.bool, device=block.codes.device)
+    if block.salient is not None and block.salient_levels is not None and block.salient.any():
+        tables.append(block.salient_levels)
+        salient = block.salient
+    params = torch.cat([table.params.squeeze(1).float() for table in tables], 1)
+    kinds = tuple((table.kind, table.groups) for table in tables)
+    return Coding(block.codes.long(), params, kinds, salient)
+
+
+def coded(coding: Coding, like: CodedBlock) -> CodedBlock:
+    """A refined block as it will be stored, salient columns as they were in `like`."""
+    params, tables = coding.params, []
+    for kind, groups in coding.tables:
+        count = groups * LEVEL_KINDS[kind].params_per_group
+        tables.append(LevelTable(kind, groups, params[:, :count].half().unsqueeze(1)))
+        params = params[:, count:]
+    salient_levels = tables[1] if len(tables) > 1 else like.salient_levels
+    return CodedBlock(coding.codes.to(torch.uint8), tables[0], like.salient, salient_levels)

@@ -1,0 +1,95 @@
+import itertools
+
+import pytest
+import torch
+
+from subbit.binarize.refine import Coding, objective, refine, solve_levels, sweep
+
+
+def problem(salient: bool, free: bool, seed=0, rows=6, cols=20, n=5, m=8):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, cols, generator=generator)
+    X = torch.randn(40, cols, generator=generator) @ torch.randn(cols, cols, generator=generator)
+    columns = torch.zeros(cols, dtype=torch.bool)
+    tables = (("free", 6),) if free else (("pairs", 3),)
+    if salient:
+        columns[[1, 9]] = True
+        tables = (*tables, ("residual", 1))
+    keep = torch.zeros(rows, cols, dtype=torch.bool)
+    for start in range(0, cols, m):
+        width = min(m, cols - start)
+        order = torch.rand(rows, width, generator=generator).argsort(1)
+        keep[:, start : start + width] = order < min(n, width)
+    codes = torch.randint(1, 7, W.shape, generator=generator)
+    codes = torch.where(columns, 1 + codes % 4, codes) * keep
+    params = torch.randn(rows, 6 + 3 * salient, generator=generator)
+    return W, X.T @ X / 40, Coding(codes, params, tables, columns)
+
+
+CASES = [(s, f) for s in (False, True) for f in (False, True)]
+
+
+@pytest.mark.parametrize(("salient", "free"), CASES)
+@pytest.mark.parametrize("remask", [False, True])
+def test_no_step_ever_raises_the_objective(salient, free, remask):
+    for seed in range(5):
+        W, S, coding = problem(salient, free, seed)
+        values = [objective(W, S, coding)]
+        for _ in range(4):
+            coding = solve_levels(W, S, coding, 1e-3)
+            values.append(objective(W, S, coding))
+            coding = sweep(W, S, coding, 8, remask)
+            values.append(objective(W, S, coding))
+        for before, after in itertools.pairwise(values):
+            assert (after <= before * (1 + 1e-4) + 1e-4).all()
+        assert (values[-1] < values[0]).all()
+
+
+@pytest.mark.parametrize(("salient", "free"), CASES)
+def test_n_of_m_and_the_tables_are_kept(salient, free):
+    W, S, coding = problem(salient, free)
+    done = refine(W, S, coding, (5, 8), sweeps=3, remask=True)
+    for start in range(0, 20, 8):
+        before = (coding.codes[:, start : start + 8] > 0).sum(1)
+        assert torch.equal((done.codes[:, start : start + 8] > 0).sum(1), before)
+    assert not torch.equal(done.codes > 0, coding.codes > 0)
+    assert int(done.codes[:, done.salient].max()) <= 4 if salient else True
+    assert int(done.codes.max()) <= 6
+    still = refine(W, S, coding, (5, 8), sweeps=3, remask=False)
+    assert torch.equal(still.codes > 0, coding.codes > 0)
+
+
+def test_repeated_level_solves_reach_least_squares():
+    W, S, coding = problem(salient=True, free=False)
+    solved = coding
+    for _ in range(60):
+        solved = solve_levels(W, S, solved, 1e-4)
+    basis = coding.basis()
+    for row in range(len(W)):
+        V = basis.T[coding.codes[row] + coding.offsets()].T.double()
+        A, c = V @ S.double() @ V.T, V @ S.double() @ W[row].double()
+        best = torch.linalg.lstsq(A, c).solution
+        value = (W[row].double() - best @ V) @ S.double() @ (W[row].double() - best @ V)
+        assert float(objective(W, S, solved)[row]) == pytest.approx(
+            float(value), rel=1e-3, abs=1e-4
+        )
+
+
+def test_a_sweep_without_better_levels_changes_nothing():
+    _, S, coding = problem(salient=False, free=True)
+    exact = coding.values()
+    done = sweep(exact, S, coding, 8, remask=True)
+    torch.testing.assert_close(done.values(), exact)
+
+
+def test_the_best_exchange_of_a_group_is_found():
+    # the kept weight wants to be 0, a pruned one wants to be 1: identity S, levels -1 and 1
+    W = torch.tensor([[0.1, 1.0, 0.9, -1.0]])
+    coding = Coding(
+        torch.tensor([[2, 0, 2, 1]]),
+        torch.tensor([[-1.0, 1.0]]),
+        (("free", 2),),
+        torch.zeros(4, dtype=torch.bool),
+    )
+    done = sweep(W, torch.eye(4), coding, 4, remask=True)
+    assert done.codes.tolist() == [[0, 2, 2, 1]]

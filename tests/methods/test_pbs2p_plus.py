@@ -1,0 +1,75 @@
+"""Every ingredient of pbs2p-plus pays, and with all of them off it is pbs2p."""
+
+import itertools
+
+import pytest
+import torch
+from problems import PROBLEMS, problem
+
+from subbit.methods import Settings, make_method
+
+SETTINGS = Settings(blocksize=64)
+OFF = {
+    "codebook": "groups",
+    "sweeps": 0,
+    "passes": 0,
+    "compensation": "diagonal",
+    "objective": "gram",
+}
+
+
+def run(nm=(6, 8), name="plain", method="pbs2p-plus", **options):
+    W, stats = problem(name)
+    return make_method(method, options, SETTINGS).compress(W, stats, nm)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_with_everything_off_it_is_pbs2p(name):
+    plain, off = run(name=name, method="pbs2p"), run(name=name, **OFF)
+    assert torch.equal(plain.codes, off.codes)
+    assert torch.equal(plain.levels.params, off.levels.params)
+    assert plain.record == off.record
+
+
+@pytest.mark.parametrize("nm", [(6, 8), (4, 8)])
+def test_the_ablation_table_goes_down(nm):
+    rows = [
+        OFF,
+        OFF | {"compensation": "exact"},
+        OFF | {"compensation": "exact", "sweeps": 3, "remask": False},
+        {"sweeps": 6, "remask": False, "passes": 0},
+        {"sweeps": 6, "remask": True, "passes": 0},
+        {},
+    ]
+    losses = [run(nm=nm, **row).record["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True), losses
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["plain", "rank_deficient"])
+def test_every_option_changes_the_result(name):
+    first = run(name=name).dequantize()
+    for option in (
+        {"codebook": "groups"},
+        {"free_levels": 5},
+        {"sweeps": 2},
+        {"remask": False},
+        {"passes": 0},
+        {"objective": "gram"},
+        {"compensation": "diagonal"},
+    ):
+        assert not torch.equal(first, run(name=name, **option).dequantize()), option
+
+
+def test_free_levels_are_stored_without_salient_columns():
+    result = run()
+    assert (result.levels.kind, result.levels.count) == ("free", 6)
+    assert result.salient is None
+    assert run(free_levels=4).levels.count == 4
+
+
+def test_more_passes_never_hurt():
+    losses = [run(passes=passes).record["loss"] for passes in (0, 1, 2, 4)]
+    for before, after in itertools.pairwise(losses):
+        assert after <= before * 1.002  # float16 levels and damping
+    assert losses[-1] < losses[0]
