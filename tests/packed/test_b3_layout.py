@@ -73,7 +73,7 @@ def test_bytes_mean_what_the_description_says(shape):
 
 
 def test_golden_unit():
-    """The bytes of one unit and a half; if they change, resident caches made before mean nothing."""
+    """The bytes of a unit and a half one: what b3.cpp was written for."""
     rows, cols = 16, 192
     base = make_int8(rows, cols, nm=None, seed=0)
     place = torch.arange(rows * cols).view(rows, cols)

@@ -11,7 +11,7 @@ salient column 1..4 = salient level. A tile's codes are three planes A, B, C of 
 A row's level record is 12 bytes: 6 ordinary and 4 salient levels, each int8 + 128 (absent levels
 128), then the scale, bfloat16, little-endian.
 
-A unit is 16 rows x 128 columns, 960 bytes: the planes of its four tiles (A, B, C of the first, ...),
+A unit is 16 rows x 128 columns, 960 bytes: the planes of its four tiles (A, B, C of the first...),
 then its 16 records: whole cache lines, read from front to back. Units follow each other along the
 columns, then down the rows. Rows and columns that do not exist have code 0; such rows have scale 0.
 If at most 64 columns are left for the last unit of 16 rows, its tiles have no plane C and no k > 3:
@@ -121,7 +121,7 @@ def collapse(layout: Layout, tiles: Tensor, flags: Tensor) -> dict[str, Tensor]:
 def dense_rows(
     tiles: Tensor, flags: Tensor, cols: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
-    """Decode rows `start:stop` (`start` a multiple of 16) in torch: `dtype` `(stop - start, cols)`."""
+    """Decode rows `start:stop`, `start` a multiple of 16: `dtype` `(stop - start, cols)`."""
     codes, levels, scale = _rows_of(tiles, cols, start, stop)
     table = levels.new_zeros(*levels.shape[:2], 16)
     table[..., 1 : 1 + _ORDINARY] = levels[..., :_ORDINARY]
@@ -187,7 +187,8 @@ def _rows_of(tiles: Tensor, cols: int, start: int, stop: int) -> tuple[Tensor, T
     """Decode rows `start:stop`, `start` a multiple of 16.
 
     Returns:
-        codes uint8 `(rows, cols)`; levels int8 `(rows, blocks, 10)`; scale bfloat16 `(rows, blocks)`.
+        codes uint8 `(rows, cols)`; levels int8 `(rows, blocks, 10)`; scale bfloat16
+        `(rows, blocks)`.
     """
     full, half = _blocks(cols)
     stride = _stride(cols)
