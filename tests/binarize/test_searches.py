@@ -139,8 +139,7 @@ def test_the_naive_search_is_never_worse_than_the_trisection(W):
     assert results[1] < results[0]
 
 
-@pytest.mark.parametrize("planes_rest", [1, 2])
-def test_salient_search_of_scores_is_the_brute_force_optimum(W, planes_rest):
+def test_salient_search_of_scores_is_the_brute_force_optimum(W):
     score = W.square()
     order = score.sum(0).argsort(descending=True, stable=True)
     errors = []
@@ -148,14 +147,11 @@ def test_salient_search_of_scores_is_the_brute_force_optimum(W, planes_rest):
         columns = torch.zeros(20, dtype=torch.bool)
         columns[order[:k]] = True
         head, rest = columns.expand_as(W), ~columns.expand_as(W)
-        errors.append(
-            binarized_error(score, [head], 2, 2)
-            + binarized_error(score, [rest], planes_rest, planes_rest)
-        )
-    chosen = search_salient_scores(score, 12, planes_rest)
+        errors.append(binarized_error(score, [head], 2, 2) + binarized_error(score, [rest], 2, 2))
+    chosen = search_salient_scores(score, 12)
     assert int(chosen.sum()) == errors.index(min(errors)) + 1
-    assert not search_salient_scores(score, 0, 1).any()
-    assert int(search_salient_scores(score, 1000, 1).sum()) < 20
+    assert not search_salient_scores(score, 0).any()
+    assert int(search_salient_scores(score, 1000).sum()) < 20
 
 
 @pytest.mark.parametrize("split_salient", [False, True])
@@ -163,9 +159,7 @@ def test_salient_search_of_scores_is_the_brute_force_optimum(W, planes_rest):
 def test_groups_part_the_block(W, split_salient, on_scores):
     split = Split(2, (0.1, 0.9, 40))
     if on_scores:
-        groups = group_scores(
-            W.square(), limit=9, planes_rest=1, split=split, split_salient=split_salient
-        )
+        groups = group_scores(W.square(), limit=9, split=split, split_salient=split_salient)
     else:
         support = torch.ones_like(W, dtype=torch.bool)
         groups = group_weights(

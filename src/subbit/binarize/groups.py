@@ -87,9 +87,7 @@ def group_weights(
     return Groups(salient, labels, split.points + 1, 1 + split_salient)
 
 
-def group_scores(
-    score: Tensor, *, limit: int, planes_rest: int, split: Split, split_salient: bool
-) -> Groups:
+def group_scores(score: Tensor, *, limit: int, split: Split, split_salient: bool) -> Groups:
     """Group a block as published code does: everything is searched on the score matrix.
 
     The split points of the ordinary weights are quantiles of the whole block, its salient columns
@@ -98,9 +96,8 @@ def group_scores(
     Args:
         score: importance of the weights, float32 `(rows, b)`, >= 0.
         limit, split, split_salient: as in `group_weights`.
-        planes_rest: planes in which the search for salient columns binarises the other columns.
     """
-    salient = search_salient_scores(score, limit, planes_rest)
+    salient = search_salient_scores(score, limit)
     labels = torch.zeros_like(score, dtype=torch.uint8)
 
     def label(columns: Tensor, how: Split, planes: int, pool: Tensor) -> None:

@@ -41,16 +41,15 @@ def search_salient(W: Tensor, score: Tensor, support: Tensor, limit: int) -> Ten
     return salient
 
 
-def search_salient_scores(score: Tensor, limit: int, planes_rest: int) -> Tensor:
+def search_salient_scores(score: Tensor, limit: int) -> Tensor:
     """Choose the salient columns of a block as published code does: on the scores alone.
 
     Counts 1..limit are tried as in `search_salient`, but what is binarised is the score matrix
-    itself: the salient columns in two planes, the others in `planes_rest`, each pass with a mean.
+    itself, the salient and the other columns alike in two planes, each pass with a mean.
 
     Args:
         score: importance, float32 `(rows, b)`, >= 0.
         limit: most salient columns allowed; 0 = none.
-        planes_rest: 1 or 2.
 
     Returns:
         bool `(b,)`.
@@ -63,15 +62,15 @@ def search_salient_scores(score: Tensor, limit: int, planes_rest: int) -> Tensor
     head = torch.ones(limit, cols, dtype=score.dtype, device=score.device).tril().unsqueeze(1)
     explained = torch.zeros(limit, dtype=torch.float64, device=score.device)
     for rows in score[:, order].split(_STRIPE):
-        explained += _explained(rows[:, :limit], head[..., :limit], 2)
-        explained += _explained(rows, 1 - head, planes_rest)
+        explained += _explained(rows[:, :limit], head[..., :limit])
+        explained += _explained(rows, 1 - head)
     salient = torch.zeros(cols, dtype=torch.bool, device=score.device)
     salient[order[: int(explained.argmax()) + 1]] = True
     return salient
 
 
-def _explained(values: Tensor, support: Tensor, planes: int) -> Tensor:
-    """Squares that binarising takes away, summed over rows, float64 `(counts,)`.
+def _explained(values: Tensor, support: Tensor) -> Tensor:
+    """Squares that binarising in two planes takes away, summed over rows, float64 `(counts,)`.
 
     A pass with mean m and mean magnitude a takes away `n (m^2 + a^2)` of a row's n values.
 
@@ -81,11 +80,11 @@ def _explained(values: Tensor, support: Tensor, planes: int) -> Tensor:
     count = support.sum(-1)  # (counts, 1)
     left = values * support
     total = torch.zeros(len(support), dtype=torch.float64, device=values.device)
-    for i in range(planes):
+    for last in (False, True):
         mean = left.sum(-1) / count
         left = torch.addcmul(left, mean.unsqueeze(-1), support, value=-1)
         alpha = left.abs().sum(-1) / count
         total += (count * (mean.square() + alpha.square())).sum(-1, dtype=torch.float64)
-        if i + 1 < planes:
+        if not last:
             left = torch.addcmul(left, alpha.unsqueeze(-1) * support, left.sign(), value=-1)
     return total

@@ -46,7 +46,6 @@ class GroupedMethod(Method):
     int8_levels = True
     level_dtype: ClassVar[torch.dtype] = torch.float16
     published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
-    published_planes_rest: ClassVar[int] = 1
     mean: ClassVar[bool] = True
     split_salient: ClassVar[bool] = False
 
@@ -126,7 +125,6 @@ class GroupedMethod(Method):
             return group_scores(
                 score,
                 limit=max(o.salient_max - 1, 0),
-                planes_rest=self.published_planes_rest,
                 split=self.split,
                 split_salient=self.split_salient,
             )
