@@ -259,8 +259,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a packed folder holds: each linear, and paper bits beside stored bits."""
-    from subbit.hub.inspect import inspect_folder, read_config
-    from subbit.packed.kernels import fits, kernel_name
+    from subbit.hub.backend import kernel_in_words
+    from subbit.hub.inspect import inspect_folder
     from subbit.run.tables import bits_in_words, linears_table, show
 
     found = inspect_folder(folder)
@@ -269,11 +269,7 @@ def inspect(
         return
     show(linears_table(found["linears"]))
     typer.echo(bits_in_words(found["total"]))
-    layouts = [layout for layout, _ in read_config(folder).layouts().values()]
-    fast = sum(fits(layout) for layout in layouts)
-    typer.echo(
-        f"CPU kernel on this machine: {kernel_name()}, for {fast} of {len(layouts)} linears."
-    )
+    typer.echo(kernel_in_words(folder))
     typer.echo(
         "Paper bits count the signs of the kept weights, as papers do; stored bits count every "
         "byte on disk: signs, masks, group labels, levels."

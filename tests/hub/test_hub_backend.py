@@ -8,7 +8,7 @@ from packed_models import logits, packed_model, packed_names, save, tokens
 
 from subbit.codes import LevelTable, on_int8_grid
 from subbit.errors import RecipeError
-from subbit.hub.backend import set_backend
+from subbit.hub.backend import kernel_in_words, set_backend
 from subbit.hub.load import load
 from subbit.packed.kernels import kernel_name
 from subbit.packed.linear import PackedLinear
@@ -96,6 +96,12 @@ def test_models_that_do_not_fit(folders, folder):
         load(folder, backend="fast")
     with pytest.raises(RecipeError, match="planes are 3"):
         load(folder, planes=3)
+
+
+def test_inspect_says_what_fits(folders, folder):
+    count = len(packed_names(load(folder)))
+    assert kernel_in_words(folder).endswith(f": {kernel_name()}, for {count} of {count} linears.")
+    assert f"for 0 of {count} linears" in kernel_in_words(folders("llama"))
 
 
 def test_the_environment_turns_kernels_off(folder, monkeypatch):

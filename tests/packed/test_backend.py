@@ -56,6 +56,7 @@ def test_there_and_back_changes_nothing():
     held = [*made.parameters(), *made.buffers()]
     assert sum(t.numel() for t in held if t.dtype == torch.uint8) < 3 * 16 * (960 + 960) + 256
     assert [name for name, _ in made.named_parameters()] == ["bias"]
+    assert made.bits() == module("reference").bits()
     made.set_backend("cpu")
     made.set_backend("reference")
     assert torch.equal(made(x(2)), module("reference")(x(2)))

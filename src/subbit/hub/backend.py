@@ -1,13 +1,16 @@
 """Which linears of a loaded model the CPU kernel multiplies with."""
 
+from pathlib import Path
+
 from torch import nn
 
 from subbit.errors import FormatError, RecipeError
+from subbit.hub.inspect import read_config
 from subbit.hub.quantizer import packed_modules
 from subbit.packed.kernels import fits, kernel_name
 from subbit.packed.linear import PackedLinear
 
-__all__ = ["BACKENDS", "set_backend"]
+__all__ = ["BACKENDS", "kernel_in_words", "set_backend"]
 
 BACKENDS = ("auto", "reference", "cpu")
 
@@ -53,6 +56,19 @@ def set_backend(model: nn.Module, backend: str = "auto", planes: int = 2) -> dic
         module.planes = planes
         counts[own] += 1
     return counts
+
+
+def kernel_in_words(folder: str | Path) -> str:
+    """What would multiply with a packed folder's linears on this machine's CPU, in a sentence.
+
+    Raises:
+        ModelError: the folder is no packed model.
+        FormatError: its config is damaged, or newer than this program.
+        RecipeError: an environment variable that chooses kernels is unknown.
+    """
+    layouts = [layout for layout, _ in read_config(folder).layouts().values()]
+    fast = sum(fits(layout) for layout in layouts)
+    return f"CPU kernel on this machine: {kernel_name()}, for {fast} of {len(layouts)} linears."
 
 
 def _can(module: PackedLinear) -> bool:
