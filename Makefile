@@ -2,6 +2,7 @@
 # make demo     compress SmolLM2-135M-Instruct from nothing and talk to both
 # make test     all tests
 # make fmt lint clean
+# make wheel    a wheel for this kind of machine, into dist/
 #
 # PYTHON=/path/to/python3.12 make install   uses that Python; any Python from 3.11 on will do.
 
@@ -11,11 +12,11 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test fmt lint clean
+.PHONY: install demo test wheel fmt lint clean
 
 install: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml src/subbit/packed/kernels/b3.cpp
 	@set -e; \
 	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
 	for python in $(PYTHON) python3.11 python3.12 python3.13 python3 none; do \
@@ -48,6 +49,10 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
+wheel: install
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist
+
 fmt: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -58,4 +63,5 @@ lint: install
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -f src/subbit/packed/kernels/_b3*.so
 	find src tests benchmarks \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +

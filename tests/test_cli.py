@@ -227,6 +227,7 @@ def test_a_real_process_ends_the_same_way(tmp_path):
 
 def test_inspect(monkeypatch):
     stub(monkeypatch, "subbit.hub.inspect", inspect_folder=lambda folder: FOUND)
+    stub(monkeypatch, "subbit.hub.backend", kernel_in_words=lambda folder: f"kernel of {folder}")
     said = run("inspect", "packed")
     assert said.code == 0
     (row,) = [line.split() for line in said.out.splitlines() if LINEAR["name"] in line]
@@ -236,6 +237,7 @@ def test_inspect(monkeypatch):
     assert "0.800 paper bits beside 2.250 stored bits" in said.out
     assert "117 bytes, 9.500 bits per parameter (– without embeddings)" in said.out
     assert "Paper bits count" in said.out
+    assert "kernel of packed" in said.out
     assert json.loads(run("inspect", "packed", "--json").out) == FOUND
 
 

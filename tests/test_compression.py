@@ -169,6 +169,7 @@ _CUT = """
 import os, signal, sys
 from subbit.run import commits
 import subbit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup and `&`
 committed = commits.Workdir.commit
 def commit(self, index, tensors, meta):
     committed(self, index, tensors, meta)

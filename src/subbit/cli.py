@@ -259,6 +259,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a packed folder holds: each linear, and paper bits beside stored bits."""
+    from subbit.hub.backend import kernel_in_words
     from subbit.hub.inspect import inspect_folder
     from subbit.run.tables import bits_in_words, linears_table, show
 
@@ -268,6 +269,7 @@ def inspect(
         return
     show(linears_table(found["linears"]))
     typer.echo(bits_in_words(found["total"]))
+    typer.echo(kernel_in_words(folder))
     typer.echo(
         "Paper bits count the signs of the kept weights, as papers do; stored bits count every "
         "byte on disk: signs, masks, group labels, levels."

@@ -20,6 +20,7 @@ __all__ = [
     "LevelKind",
     "LevelTable",
     "SparseLinear",
+    "on_int8_grid",
 ]
 
 
@@ -104,12 +105,15 @@ class LevelTable:
     Attributes:
         kind: a key of `LEVEL_KINDS`.
         groups: number of level groups G (for "free" and "grid": the number of levels).
-        params: float16 `(rows, ngroups_of_columns, P)`, P of `LevelKind.params`: what is stored.
+        params: what is stored: float16 `(rows, ngroups_of_columns, P)`, P of `LevelKind.params`;
+            with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`.
+        scale: bfloat16 `(rows, ngroups_of_columns)` by which int8 levels are multiplied, or None.
     """
 
     kind: str
     groups: int
     params: Tensor
+    scale: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -118,6 +122,8 @@ class LevelTable:
 
     def values(self) -> Tensor:
         """Level values, float32 `(rows, ngroups_of_columns, L)`, computed in float32."""
+        if self.scale is not None:  # the product of 8 by 8 significant bits is exact
+            return self.params.float() * self.scale.float().unsqueeze(-1)
         return LEVEL_KINDS[self.kind].expand(self.params.float(), self.groups)
 
 
@@ -134,14 +140,15 @@ class CompressedLinear:
             form a group padded with zeros and keep min(N, cols % M)); None = no such structure.
         salient: weights whose levels come from `salient_levels`, or None: bool `(cols,)` for whole
             columns, `(rows, cols)` for single weights (never pruned ones).
-        salient_levels: levels of the salient weights, or None.
+        salient_levels: levels of the salient weights, or None; int8 levels share the scale of
+            `levels`.
         salient_group_size: columns that share one record of these, None = `group_size`; another
-            number only where single weights are salient.
+            number only where single weights are salient, and not with int8 levels.
         structured: True where whole columns are pruned and nothing else: every column has only
             codes 0 or none.
         column_scale: float16 or None: `(cols,)` multiplies every level of its column; `(S, cols)`
             multiplies in a column parameter k < S of its level record by row k, and goes with
-            whole salient columns or none.
+            whole salient columns or none, and not with int8 levels.
         record: JSON-able facts about the fit (loss, salient share, damping, ...).
     """
 
@@ -245,6 +252,35 @@ class SparseLinear:
 
 Compressed = CompressedLinear | SparseLinear
 """What a method returns."""
+
+
+def on_int8_grid(
+    levels: LevelTable, salient_levels: LevelTable | None
+) -> tuple[LevelTable, LevelTable | None]:
+    """Round levels to int8 multiples of one scale for each row and column group.
+
+    The scale is the largest absolute level of both tables / 127, rounded to bfloat16; 0 where all
+    levels are 0. Tables that are on such a grid already are returned as they are.
+
+    Args:
+        levels: of the ordinary weights.
+        salient_levels: of the salient weights, as many column groups, or None.
+    """
+    if levels.scale is not None:
+        return levels, salient_levels
+    tables = [levels] if salient_levels is None else [levels, salient_levels]
+    values = [table.values() for table in tables]
+    largest = torch.stack([value.abs().amax(-1) for value in values]).amax(0)
+    scale = (largest / 127).bfloat16()
+    step = scale.float().unsqueeze(-1)
+    step = step.masked_fill(step == 0, torch.inf)
+    snapped = [
+        LevelTable(
+            table.kind, table.groups, (value / step).round().clamp(-127, 127).to(torch.int8), scale
+        )
+        for table, value in zip(tables, values, strict=True)
+    ]
+    return snapped[0], snapped[1] if len(snapped) > 1 else None
 
 
 def _with_zero(levels: LevelTable) -> Tensor:

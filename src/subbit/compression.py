@@ -143,7 +143,7 @@ def compress(
     method = make_method(
         recipe.method,
         recipe.options,
-        Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed),
+        Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed, recipe.levels),
     )
     method.check_nm(recipe.nm)
     if out is not None:

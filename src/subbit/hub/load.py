@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from subbit.errors import FormatError, ModelError
+from subbit.hub.backend import set_backend
 from subbit.hub.fetch import local_folder
 from subbit.hub.headers import read_folder_headers
 from subbit.hub.inspect import is_packed, read_config
@@ -31,6 +32,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     keep_dense: bool = False,
+    backend: str = "auto",
+    planes: int = 2,
 ) -> PreTrainedModel:
     """Load a packed model, or raise; it never comes up with weights that are not in the files.
 
@@ -38,10 +41,13 @@ def load(
         path: a packed folder, or the hub id of one.
         dtype: of the activations and of what is not packed; "auto" = as it was saved.
         device: where to put it; "auto" = the GPU if there is one, else the CPU.
-        keep_dense: keep every linear's dense weight after its first use: fast, but as large in
-            memory as the original.
+        keep_dense: keep the dense weight of every linear that no kernel takes after its first use:
+            fast, but as large in memory as the original.
+        backend: "auto", "cpu" or "reference", and
+        planes: 2 or 1: see `backend.set_backend`.
 
     Raises:
+        RecipeError: a backend that is unknown or does not suit this model.
         ModelError: `path` is no packed model, cannot be fetched, or does not fit its config.
         FormatError: a file is damaged, truncated, missing, or of a newer format; the message names
             the file.
@@ -64,6 +70,7 @@ def load(
         _check_contents(model)
     for module in packed_modules(model).values():
         module.keep_dense = keep_dense
+    set_backend(model, backend, planes)
     return model
 
 

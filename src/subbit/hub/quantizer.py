@@ -19,7 +19,7 @@ from subbit.packed.pack import AnyLayout
 
 __all__ = ["SubbitQuantizer", "attach", "dense_shape", "packed_modules", "register"]
 
-_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def register() -> None:

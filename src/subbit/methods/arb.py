@@ -9,6 +9,7 @@ from torch import Tensor
 from subbit.binarize.arb import refine
 from subbit.binarize.row_column import fit_row_column
 from subbit.binarize.spbo import Part, alternate, binarize_part
+from subbit.errors import RecipeError
 from subbit.linalg import BlockView
 from subbit.methods.assemble import FittedPart
 from subbit.methods.grouped import GroupedMethod, GroupedOptions
@@ -50,6 +51,14 @@ class ARB(GroupedMethod):
     @property
     def mean(self) -> bool:
         return self.options.variant != "arb-rc"
+
+    def _check_int8(self) -> None:
+        super()._check_int8()
+        if self.options.variant == "arb-rc":
+            raise RecipeError(
+                f"method '{self.name}' with variant arb-rc has levels of its own in every column, "
+                "which int8 on one scale for each row and block cannot hold; write levels: fp16"
+            )
 
     def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> FittedPart:
         o, W = self.options, block.W[:, columns]

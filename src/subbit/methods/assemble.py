@@ -1,7 +1,7 @@
 """From coded blocks to one compressed linear."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from torch import Tensor
 from subbit.binarize.groups import Groups
 from subbit.binarize.row_column import RowColumnPart
 from subbit.binarize.spbo import Part
-from subbit.codes import CompressedLinear, LevelTable
+from subbit.codes import CompressedLinear, LevelTable, on_int8_grid
 
-__all__ = ["CodedBlock", "FittedPart", "assemble", "code_block", "code_part"]
+__all__ = ["CodedBlock", "FittedPart", "as_stored", "assemble", "code_block", "code_part"]
 
 FittedPart = Part | RowColumnPart
 """The groups of some columns, stacked."""
@@ -47,6 +47,19 @@ class CodedBlock:
         return assemble([self], self.codes.shape[1], None, {}, dtype=None).dequantize()
 
 
+def as_stored(block: CodedBlock, levels: Literal["fp16", "int8"]) -> CodedBlock:
+    """A block with the levels that will be read back from the file.
+
+    A method calls it before the rest of the row absorbs the block's error, so that rounding to the
+    int8 grid is absorbed too. With "fp16" the block is returned as it is: its parameters have been
+    rounded where they were coded.
+    """
+    if levels == "fp16":
+        return block
+    own, salient = on_int8_grid(block.levels, block.salient_levels)
+    return replace(block, levels=own, salient_levels=salient)
+
+
 def assemble(
     blocks: list[CodedBlock],
     blocksize: int,
@@ -58,7 +71,8 @@ def assemble(
 ) -> CompressedLinear:
     """Join blocks, left to right; salient levels are dropped where nothing is salient.
 
-    The parameters are rounded to `dtype`, None = not at all; only float16 can be packed.
+    The parameters are rounded to `dtype`, None = not at all; only float16 can be packed. Int8
+    levels stay what they are.
     """
     salient = _join([block.salient for block in blocks])
     some = salient is not None and bool(salient.any())
@@ -84,7 +98,11 @@ def _tables(tables: list[LevelTable | None], dtype: torch.dtype | None) -> Level
     if tables[0] is None:
         return None
     kind, groups = tables[0].kind, tables[0].groups
-    params = torch.cat([t.params for t in tables if t is not None], 1)
+    present = [table for table in tables if table is not None]
+    params = torch.cat([table.params for table in present], 1)
+    scales = [table.scale for table in present if table.scale is not None]
+    if scales:
+        return LevelTable(kind, groups, params, torch.cat(scales, 1))
     return LevelTable(kind, groups, params if dtype is None else params.to(dtype))
 
 

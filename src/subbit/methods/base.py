@@ -41,18 +41,26 @@ class LinearStats:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method is told besides its own options."""
+    """What every method is told besides its own options.
+
+    Attributes:
+        levels: how levels are stored: "fp16" parameters, or "int8" levels on one scale for each
+            row and column group (`codes.on_int8_grid`), which the fast kernels need.
+    """
 
     blocksize: int = 128
     percdamp: float = 0.01
     seed: int = 0
+    levels: Literal["fp16", "int8"] = "fp16"
 
 
 class Method(ABC):
     """One published method.
 
     Class attributes say what `subbit methods` prints; `Opt` is its options' model. `nm_use` says
-    whether it prunes: it needs an N:M, takes one or None, or takes None only.
+    whether it prunes: it needs an N:M, takes one or None, or takes None only. `int8_levels` says
+    whether its levels can be stored as int8, which it then does block by block
+    (`assemble.as_stored`).
     """
 
     name: ClassVar[str]
@@ -61,12 +69,15 @@ class Method(ABC):
     summary: ClassVar[str]
     Opt: ClassVar[type[Options]] = Options
     nm_use: ClassVar[Literal["needed", "optional", "none"]] = "needed"
+    int8_levels: ClassVar[bool] = False
 
     def __init__(
         self, options: dict[str, Any] | None = None, settings: Settings | None = None
     ) -> None:
         self.settings = settings or Settings()
         self.options = _parse(self.Opt, self.name, options or {})
+        if self.settings.levels == "int8":
+            self._check_int8()
 
     def check_nm(self, nm: tuple[int, int] | None) -> None:
         """Refuse an N:M that this method cannot follow, or its absence.
@@ -80,6 +91,14 @@ class Method(ABC):
             raise RecipeError(
                 f"method '{self.name}' does not prune, so that nm '{nm[0]}:{nm[1]}' means nothing; "
                 "write nm: null"
+            )
+
+    def _check_int8(self) -> None:
+        """Raise RecipeError where int8 levels would mean nothing to this method or its options."""
+        if not self.int8_levels:
+            raise RecipeError(
+                f"method '{self.name}' has no levels that could be int8 on one scale for each row "
+                "and block; write levels: fp16"
             )
 
     def compress(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from subbit.binarize.groups import Groups, Split, group_scores, group_weights
 from subbit.codes import CompressedLinear
+from subbit.errors import RecipeError
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, FittedPart, assemble, code_block
+from subbit.methods.assemble import CodedBlock, FittedPart, as_stored, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import METRICS, Scorer, keep_mask
 
@@ -42,6 +43,7 @@ class GroupedMethod(Method):
 
     options: GroupedOptions
     nm_use = "optional"
+    int8_levels = True
     level_dtype: ClassVar[torch.dtype] = torch.float16
     published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
     mean: ClassVar[bool] = True
@@ -62,6 +64,14 @@ class GroupedMethod(Method):
         """The split points of the ordinary weights."""
         o = self.options
         return Split(1, self.published_grid if o.published else o.split_grid)
+
+    def _check_int8(self) -> None:
+        super()._check_int8()
+        if self.options.published:
+            raise RecipeError(
+                f"method '{self.name}' with published does as the published code, which knows no "
+                "int8 levels; write levels: fp16 or leave out published"
+            )
 
     @abstractmethod
     def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> FittedPart:
@@ -85,7 +95,7 @@ class GroupedMethod(Method):
         def compress_block(block: BlockView) -> CodedBlock:
             inside = when == "inside"
             keep = keep_mask(scorer(block), nm) if inside else mask[:, block.start : block.stop]
-            return self._compress_block(block, keep)
+            return as_stored(self._compress_block(block, keep), self.settings.levels)
 
         blocks = run_blocks(W, factor, size, compress_block)
         result = assemble(blocks, size, nm, record, dtype=self.level_dtype)

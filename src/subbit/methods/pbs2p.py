@@ -10,7 +10,7 @@ from subbit.binarize.groups import Split, group_weights
 from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, assemble, code_block
+from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import Scorer, ranks_in_groups
 
@@ -51,6 +51,7 @@ class PBS2P(Method):
     year = 2025
     summary = "N:M by Hessian score, 3 groups + salient columns, parameters re-fitted while pruning"
     Opt = PBS2POptions
+    int8_levels = True
     options: PBS2POptions
 
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
@@ -65,16 +66,19 @@ class PBS2P(Method):
             seed=self.settings.seed,
             name=stats.name,
         )
+
+        def compress_block(block: BlockView) -> CodedBlock:
+            return as_stored(self._compress_block(block, scorer(block), nm), self.settings.levels)
+
         blocks = run_blocks(
             W,
             factor,
             self.settings.blocksize,
-            lambda block: self._compress_block(block, scorer(block), nm),
+            compress_block,
             compensation=o.compensation,
             objective=o.objective,
         )
-        record = damping_record(factor)
-        return assemble(blocks, self.settings.blocksize, nm, record)
+        return assemble(blocks, self.settings.blocksize, nm, damping_record(factor))
 
     def _compress_block(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         o, (n, m) = self.options, nm

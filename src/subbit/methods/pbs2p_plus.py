@@ -10,7 +10,7 @@ from subbit.binarize.levels import fit_levels
 from subbit.binarize.refine import Coding, refine
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, assemble
+from subbit.methods.assemble import CodedBlock, as_stored, assemble
 from subbit.methods.base import LinearStats, damping_record
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
 from subbit.prune import Scorer, ranks_in_groups
@@ -66,9 +66,12 @@ class PBS2PPlus(PBS2P):
             name=stats.name,
         )
 
+        fitted: list[CodedBlock] = []  # with float16 parameters, which a pass goes on from
+
         def compress_block(block: BlockView) -> CodedBlock:
             start = self._start(block, scorer(block), nm)
-            return self._refined(block.W, block.S, start, nm, o.sweeps)
+            fitted.append(self._refined(block.W, block.S, start, nm, o.sweeps))
+            return as_stored(fitted[-1], settings.levels)
 
         blocks = run_blocks(
             W,
@@ -80,7 +83,7 @@ class PBS2PPlus(PBS2P):
         )
         if o.passes:
             W = W.masked_fill(factor.dead, 0.0)
-            blocks = self._pass_over_all(W, factor.damped(), blocks, nm)
+            blocks = self._pass_over_all(W, factor.damped(), fitted, nm)
         return assemble(blocks, settings.blocksize, nm, damping_record(factor))
 
     def _start(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
@@ -102,17 +105,23 @@ class PBS2PPlus(PBS2P):
         return coded(coding, block)
 
     def _pass_over_all(
-        self, W: Tensor, H: Tensor, blocks: list[CodedBlock], nm: tuple[int, int]
+        self, W: Tensor, H: Tensor, fitted: list[CodedBlock], nm: tuple[int, int]
     ) -> list[CodedBlock]:
-        """Sweep over the blocks, the others fixed: target `Q_b + R_b H_bb^-1`, R = (W - Q) H."""
+        """Sweep over the blocks, the others fixed: target `Q_b + R_b H_bb^-1`, R = (W - Q) H.
+
+        A block is refined from float16 parameters; Q is what will be stored.
+        """
+        fitted, levels = list(fitted), self.settings.levels
+        blocks = [as_stored(block, levels) for block in fitted]
         Q = torch.cat([block.dense() for block in blocks], 1)
         R = (W - Q) @ H
         size = self.settings.blocksize
         for _ in range(self.options.passes):
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(fitted):
                 b = slice(i * size, i * size + block.codes.shape[1])
                 target = Q[:, b] + torch.linalg.solve(H[b, b], R[:, b].T).T
-                blocks[i] = self._refined(target, H[b, b], block, nm, sweeps=1)
+                fitted[i] = self._refined(target, H[b, b], block, nm, sweeps=1)
+                blocks[i] = as_stored(fitted[i], levels)
                 change = blocks[i].dense() - Q[:, b]
                 R -= change @ H[b]
                 Q[:, b] += change

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from subbit.binarize.spbo import binarize_part
 from subbit.codes import CompressedLinear
-from subbit.methods.assemble import CodedBlock, assemble, code_part
+from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_part
 from subbit.methods.base import LinearStats, Method, Options
 
 __all__ = ["XNOR", "XNOROptions"]
@@ -31,6 +31,7 @@ class XNOR(Method):
     year = 2016
     summary = "sign and mean magnitude of every row or group; needs no calibration"
     nm_use = "none"
+    int8_levels = True
     Opt = XNOROptions
     options: XNOROptions
 
@@ -44,5 +45,6 @@ class XNOR(Method):
             everything = torch.ones(1, *block.shape, dtype=torch.bool, device=W.device)
             part = binarize_part(block, everything, 1, means=o.mean)
             labels = torch.zeros_like(block, dtype=torch.uint8)
-            blocks.append(CodedBlock(*code_part(part, labels, o.mean)))
+            coded = CodedBlock(*code_part(part, labels, o.mean))
+            blocks.append(as_stored(coded, self.settings.levels))
         return assemble(blocks, size, None, {})

@@ -60,7 +60,7 @@ def decode_levels(table: Table, tensors: Mapping[str, Tensor]) -> LevelTable:
         params = torch.cat((params, integers.to(params.dtype)), -1)
     elif table.integers:  # one level: its number can only be 0
         params = torch.nn.functional.pad(params, (0, table.integers))
-    return LevelTable(table.kind, table.groups, params)
+    return LevelTable(table.kind, table.groups, params, tensors.get("scale"))
 
 
 def decode_codes(layout: Layout, tensors: Mapping[str, Tensor], salient: Tensor | None) -> Tensor:

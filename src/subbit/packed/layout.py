@@ -28,6 +28,10 @@ stream a row:
 - `column_scale`: float16 `(cols,)`, or `(S * cols,)` for factors of S parameters, one after the
   other.
 
+With `int8` the levels themselves are stored in place of their parameters: `levels` and
+`salient_levels` are int8 `(rows, groups of columns, L)`, there is no `..._zero`, and `scale`,
+bfloat16 `(rows, groups of columns)`, multiplies both.
+
 `sparse.py` has the table of 16-bit values under a mask.
 """
 
@@ -70,12 +74,14 @@ class Table:
         name: of its field, "levels" or "salient_levels".
         kind, groups: see `codes.LevelTable`.
         records: column groups that have a record each.
+        int8: whether the levels themselves are stored, int8, in place of their parameters.
     """
 
     name: str
     kind: str
     groups: int
     records: int
+    int8: bool = False
 
     @property
     def count(self) -> int:
@@ -85,12 +91,19 @@ class Table:
     @property
     def integers(self) -> int:
         """How many parameters of a record are whole numbers below L."""
-        return LEVEL_KINDS[self.kind].integers
+        return 0 if self.int8 else LEVEL_KINDS[self.kind].integers
 
     @property
     def floats(self) -> int:
-        """How many parameters of a record are float16."""
+        """How many numbers of a record are stored as they are."""
+        if self.int8:
+            return self.count
         return LEVEL_KINDS[self.kind].params(self.groups) - self.integers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of these: float16 parameters or int8 levels."""
+        return torch.int8 if self.int8 else torch.float16
 
     @property
     def integer_bits(self) -> int:
@@ -99,12 +112,12 @@ class Table:
 
     @property
     def record_bits(self) -> int:
-        """Bits of one record."""
-        return 16 * self.floats + self.integers * self.integer_bits
+        """Bits of one record, without the scale of int8 levels."""
+        return 8 * self.dtype.itemsize * self.floats + self.integers * self.integer_bits
 
     def fields(self, rows: int) -> dict[str, Field]:
         """The stored tensors of the table."""
-        table = {self.name: Field((rows, self.records, self.floats), torch.float16)}
+        table = {self.name: Field((rows, self.records, self.floats), self.dtype)}
         bits = self.records * self.integers * self.integer_bits
         if bits:
             table[f"{self.name}_zero"] = Field((rows, -(-bits // 8)), torch.uint8)
@@ -129,6 +142,8 @@ class Layout(BaseLayout):
         kept_columns: number of columns that are not pruned, where whole columns are, or None.
         column_scale: True if every column has factors.
         scaled_params: number S of parameters that these multiply, 0 = one factor for all levels.
+        int8: True if levels are int8 on one scale for each row and column group; not with
+            `salient_group_size` or `scaled_params`.
 
     Raises:
         FormatError: a value that means nothing; the message names it.
@@ -146,6 +161,7 @@ class Layout(BaseLayout):
     kept_columns: int | None = None
     column_scale: bool = False
     scaled_params: int = 0
+    int8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "group_size"):
@@ -162,6 +178,10 @@ class Layout(BaseLayout):
         if self.scaled_params and (not self.column_scale or self.salient_elements is not None):
             raise bad_value("scaled_params", self.scaled_params, "0 without column scales")
         self._check_elements()
+        apart = self.scaled_params or self.salient_group_size is not None
+        if not isinstance(self.int8, bool) or (self.int8 and apart):
+            wanted = "true or false, and false with scaled_params or salient_group_size"
+            raise bad_value("int8", self.int8, wanted)
 
     def _check_elements(self) -> None:
         if self.salient_elements is not None:
@@ -192,10 +212,11 @@ class Layout(BaseLayout):
 
     def tables(self) -> list[Table]:
         """The ordinary and, if there is one, the salient level table."""
-        tables = [Table("levels", *self.levels, self.groups)]
+        tables = [Table("levels", *self.levels, self.groups, self.int8)]
         if self.salient is not None:
             size = self.salient_group_size or self.group_size
-            tables.append(Table("salient_levels", *self.salient, -(-self.cols // size)))
+            records = -(-self.cols // size)
+            tables.append(Table("salient_levels", *self.salient, records, self.int8))
         return tables
 
     def level_counts(self) -> list[int]:
@@ -241,6 +262,8 @@ class Layout(BaseLayout):
             table["salient"] = Field((-(-self.cols // 8),), torch.uint8)
         for extra in salient:
             table |= extra.fields(self.rows)
+        if self.int8:
+            table["scale"] = Field((self.rows, self.groups), torch.bfloat16)
         if self.column_scale:
             factors = self.cols * max(self.scaled_params, 1)
             table["column_scale"] = Field((factors,), torch.float16)

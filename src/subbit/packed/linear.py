@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from subbit.codes import Compressed
+from subbit.errors import RecipeError
 from subbit.packed.codecs import unpack_bits
+from subbit.packed.kernels import op
+from subbit.packed.kernels.layout import collapse, expand, fits
 from subbit.packed.pack import AnyLayout, pack, row_chunks, unpack, unpack_rows
 from subbit.packed.report import BitReport, bit_report
 
-__all__ = ["PackedLinear"]
+__all__ = ["BACKENDS", "PackedLinear"]
+
+BACKENDS = ("reference", "cpu")
 
 
 class PackedLinear(nn.Module):
@@ -19,6 +24,10 @@ class PackedLinear(nn.Module):
 
     The fields are frozen parameters named as in `Layout.fields()`; they never change dtype, only
     device. `bias`, if any, follows the model's dtype.
+
+    After `set_backend("cpu")` the module holds W in the resident layout B3 instead (buffers `tiles`
+    and `flags`), which the CPU kernel multiplies with. That is only how it works: the state dict
+    has the packed fields as before, and moving the module off the CPU brings them back.
 
     Args:
         layout: which tensors, of which shapes.
@@ -29,7 +38,10 @@ class PackedLinear(nn.Module):
 
     Attributes:
         keep_dense: False decodes the weight at every forward (smallest memory); True decodes it
-            once and keeps it, in the dtype of x, outside the state dict, copies and pickles.
+            once and keeps it, in the dtype of x, outside the state dict, copies and pickles. It
+            concerns the reference backend only.
+        planes: 2 or 1, int8 planes of the activations in the kernel: a relative error of at most
+            1e-4 or 1e-2.
     """
 
     def __init__(
@@ -44,6 +56,7 @@ class PackedLinear(nn.Module):
         self.in_features = layout.cols
         self.out_features = layout.rows
         self.keep_dense = False
+        self.planes = 2
         self._dense: Tensor | None = None
         for name, field in layout.fields().items():
             data = torch.zeros(field.shape, dtype=field.dtype, device=device)
@@ -74,8 +87,47 @@ class PackedLinear(nn.Module):
             setattr(module, name, nn.Parameter(tensor.clone(), requires_grad=False))
         return module
 
+    @property
+    def backend(self) -> str:
+        """What multiplies: "reference" or "cpu"."""
+        return "reference" if getattr(self, "tiles", None) is None else "cpu"
+
+    def set_backend(self, backend: str) -> None:
+        """Change how W is held and multiplied with, without loss: one of `BACKENDS`.
+
+        Raises:
+            RecipeError: an unknown backend, or one that this linear does not fit.
+            FormatError: the packed bytes mean no valid linear.
+        """
+        if backend not in BACKENDS:
+            raise RecipeError(f"backend is '{backend}'; use one of {', '.join(BACKENDS)}")
+        if backend == self.backend:
+            return
+        self._dense = None
+        if backend == "cpu":
+            self._expand()
+        else:
+            fields = self.fields()
+            del self.tiles, self.flags
+            for name, tensor in fields.items():
+                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def _expand(self) -> None:
+        if not fits(self.layout) or self.levels.device.type != "cpu":
+            raise RecipeError(
+                "the CPU kernel takes linears on the CPU whose levels are int8 (levels: int8 in "
+                f"the recipe), at most 6 and 4 salient ones a record; this is {self}"
+            )
+        tiles, flags = expand(self.layout, self.fields())
+        self.register_buffer("tiles", tiles, persistent=False)
+        self.register_buffer("flags", flags, persistent=False)
+        for name in self.layout.fields():
+            setattr(self, name, None)
+
     def fields(self) -> dict[str, Tensor]:
         """The packed tensors by field name."""
+        if self.backend == "cpu":
+            return collapse(self.layout, self.tiles, self.flags)
         return {name: getattr(self, name) for name in self.layout.fields()}
 
     def compressed(self) -> Compressed:
@@ -88,6 +140,8 @@ class PackedLinear(nn.Module):
 
     def bits(self) -> BitReport:
         """How many bits a weight of this linear takes."""
+        if self.backend == "cpu":
+            return bit_report(self.layout, int(self.flags.count_nonzero()))
         salient = self.fields().get("salient")
         if salient is None:
             return bit_report(self.layout)
@@ -96,6 +150,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.backend == "cpu":
+            size = self.out_features, self.in_features
+            y = op.b3_linear(x, self.tiles, self.flags, *size, self.planes)
+            return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
@@ -107,6 +165,9 @@ class PackedLinear(nn.Module):
         return self._dense
 
     def _decode(self, dtype: torch.dtype) -> Tensor:
+        if self.backend == "cpu":
+            size = self.out_features, self.in_features
+            return op.decode(self.tiles, self.flags, *size, 0, self.out_features, dtype)
         fields = self.fields()
         device = next(iter(fields.values())).device
         # an inference tensor kept for later would be useless under autograd
@@ -119,6 +180,9 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         self._dense = None
+        probe = fn(torch.empty(0, dtype=torch.uint8))
+        if self.backend == "cpu" and probe.device.type != "cpu":
+            self.set_backend("reference")
         bias = self.bias
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -129,9 +193,20 @@ class PackedLinear(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.backend == "cpu":
+            for name, tensor in self.fields().items():
+                destination[prefix + name] = tensor
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._dense = None
+        backend = self.backend
+        self.set_backend("reference")
         super()._load_from_state_dict(*args, **kwargs)
+        self.set_backend(backend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dense": None}
@@ -141,5 +216,6 @@ class PackedLinear(nn.Module):
         nm = "none" if self.layout.nm is None else "{}:{}".format(*self.layout.nm)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, nm={nm}, "
-            f"stored_bits={self.layout.bits_per_weight:.3f}, bias={self.bias is not None}"
+            f"stored_bits={self.layout.bits_per_weight:.3f}, bias={self.bias is not None}, "
+            f"backend={self.backend}"
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from subbit.codes import LEVEL_KINDS, Compressed, CompressedLinear, LevelTable, SparseLinear
+from subbit.codes import Compressed, CompressedLinear, LevelTable, SparseLinear
 from subbit.errors import FormatError
 from subbit.packed.codecs import pack_bits, pack_digits
 from subbit.packed.decode import (
@@ -81,6 +81,8 @@ def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
         tensors |= _pack_levels(table, levels)
     if linear.salient is not None and layout.salient_elements is None:
         tensors["salient"] = column_bits(linear.salient)
+    if linear.levels.scale is not None:
+        tensors["scale"] = linear.levels.scale
     if linear.column_scale is not None:
         tensors["column_scale"] = linear.column_scale.flatten()
     return layout, {name: tensors[name].contiguous() for name in layout.fields()}
@@ -170,28 +172,38 @@ def _layout_of(linear: CompressedLinear) -> Layout:
         kept_columns=int((codes[0] > 0).sum()) if linear.structured else None,
         column_scale=linear.column_scale is not None,
         scaled_params=_scaled_params(linear.column_scale),
+        int8=linear.levels.scale is not None,
     )
     for table, levels in zip(layout.tables(), (linear.levels, extra), strict=False):
-        _check_params(table, levels, layout.rows)
+        _check_levels(table, levels, layout.rows)
+    if extra is not None:
+        _check_shared_scale(linear.levels.scale, extra.scale)
+    if linear.levels.scale is not None:
+        _check_params("scale", linear.levels.scale, (layout.rows, layout.groups), torch.bfloat16)
     if linear.column_scale is not None:
         _check_scale(linear.column_scale, layout)
     return layout
 
 
-def _check_params(table: Table, levels: LevelTable, rows: int) -> None:
-    name, params = table.name, levels.params
-    shape = (rows, table.records, LEVEL_KINDS[table.kind].params(table.groups))
-    if params.dtype != torch.float16 or params.shape != shape:
+def _check_params(name: str, params: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if params.dtype != dtype or params.shape != shape:
         raise ValueError(
-            f"{name}: parameters must be float16 {shape}, not {params.dtype} {tuple(params.shape)}."
+            f"{name}: parameters must be {_short(dtype)} {shape}, not {params.dtype} "
+            f"{tuple(params.shape)}."
         )
-    bad = ~params.isfinite().all(-1)
+    bad = ~params.isfinite().view(*shape[:2], -1).all(-1)
     if bad.any():
         row, group = bad.nonzero()[0].tolist()
         raise FormatError(
             f"{name}: row {row}, column group {group} holds a value that is not finite in "
-            "float16; the weights are too large or damaged for this format."
+            f"{_short(dtype)}; the weights are too large or damaged for this format."
         )
+
+
+def _check_levels(table: Table, levels: LevelTable, rows: int) -> None:
+    name, params = table.name, levels.params
+    width = table.floats + table.integers
+    _check_params(name, params, (rows, table.records, width), table.dtype)
     integers = params[..., table.floats :]
     bad = ((integers != integers.round()) | (integers < 0) | (integers >= table.count)).any(-1)
     if bad.any():
@@ -219,6 +231,15 @@ def _check_scale(scale: Tensor, layout: Layout) -> None:
             f"column_scale: column {int(bad[0])} has a factor that is not finite in float16; the "
             "weights are too large or damaged for this format."
         )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_shared_scale(scale: Tensor | None, other: Tensor | None) -> None:
+    if (scale is None) != (other is None) or (scale is not None and not scale.equal(other)):
+        raise ValueError("levels and salient_levels must have the same int8 scale, or none.")
 
 
 def _check_codes(linear: CompressedLinear, layout: Layout) -> None:

@@ -1,0 +1,6 @@
+"""Linears small in memory: the resident layout B3, its CPU kernels, the torch operator."""
+
+from subbit.packed.kernels.layout import fits
+from subbit.packed.kernels.native import kernel_name
+
+__all__ = ["fits", "kernel_name"]

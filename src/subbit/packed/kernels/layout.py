@@ -1,0 +1,249 @@
+"""The resident layout B3: what a packed linear is expanded to when it is loaded.
+
+A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level, in a
+salient column 1..4 = salient level. A tile's codes are three planes A, B, C of 64 bytes; byte
+`16 r + j` belongs to row r and columns `16 k + j`, k = 0..7:
+
+- A: k=0 in bits 0-2, k=1 in bits 3-5, low two bits of k=6 in bits 6-7;
+- B: k=2, k=3, low two bits of k=7 likewise;
+- C: k=4 in bits 0-2, k=5 in bits 3-5, bit 2 of k=6 in bit 6, bit 2 of k=7 in bit 7.
+
+A row's level record is 12 bytes: 6 ordinary and 4 salient levels, each int8 + 128 (absent levels
+128), then the scale, bfloat16, little-endian.
+
+A unit is 16 rows x 128 columns, 960 bytes: the planes of its four tiles (A, B, C of the first...),
+then its 16 records: whole cache lines, read from front to back. Units follow each other along the
+columns, then down the rows. Rows and columns that do not exist have code 0; such rows have scale 0.
+If at most 64 columns are left for the last unit of 16 rows, its tiles have no plane C and no k > 3:
+704 bytes. `flags`, one byte a column shared by all rows, is 8 in salient columns, else 0:
+code | flag is the place of a weight's level in `0, l1..l6, 0, 0, s1..s4, 0, 0, 0`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from subbit.codes import CompressedLinear, LevelTable
+from subbit.packed.layout import Layout
+from subbit.packed.pack import AnyLayout, pack, slice_rows, unpack
+
+__all__ = ["BLOCK", "UNIT_ROWS", "collapse", "dense_rows", "expand", "fits", "sizes"]
+
+BLOCK = 128
+UNIT_ROWS = 16
+"""A range of rows that is worked on by itself starts at a multiple of this."""
+
+_TILES = 4
+_PLANE = 64
+_ORDINARY, _SALIENT = 6, 4
+_RECORD = _ORDINARY + _SALIENT + 2
+_RECORDS = UNIT_ROWS * _RECORD
+_FULL = 3 * _TILES * _PLANE + _RECORDS
+_HALF = 2 * _TILES * _PLANE + _RECORDS
+_CHUNK_WEIGHTS = 1 << 20  # as in packed/pack.py: scratch memory stays small
+
+
+def fits(layout: AnyLayout) -> bool:
+    """Whether a linear can be held as B3: few int8 levels, one record for each 128 columns.
+
+    Neither column scales, nor whole pruned columns, nor single salient weights.
+    """
+    if not isinstance(layout, Layout) or layout.column_scale or layout.kept_columns is not None:
+        return False
+    counts = layout.level_counts()
+    return (
+        layout.int8
+        and layout.salient_elements is None
+        and counts[0] <= _ORDINARY
+        and (layout.salient is None or counts[-1] <= _SALIENT)
+        and (layout.groups == 1 or layout.group_size % BLOCK == 0)
+    )
+
+
+def _blocks(cols: int) -> tuple[int, bool]:
+    """Full units of a row of units, and whether a half one follows."""
+    full, rest = divmod(cols, BLOCK)
+    half = 0 < rest <= BLOCK // 2
+    return full + (rest > 0 and not half), half
+
+
+def _stride(cols: int) -> int:
+    """Bytes of one row of units."""
+    full, half = _blocks(cols)
+    return full * _FULL + half * _HALF
+
+
+def sizes(rows: int, cols: int) -> tuple[int, int]:
+    """Bytes of `tiles` and of `flags` of a linear `(rows, cols)`."""
+    full, half = _blocks(cols)
+    return -(-rows // UNIT_ROWS) * _stride(cols), full * BLOCK + half * BLOCK // 2
+
+
+def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_WEIGHTS // (UNIT_ROWS * cols)) * UNIT_ROWS
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def expand(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Expand a packed linear for which `fits`, some rows at a time.
+
+    Returns:
+        `tiles` and `flags`, uint8, flat, of `sizes` bytes, on the device of `tensors`.
+
+    Raises:
+        FormatError: tensors that mean no valid linear, as in `unpack`.
+    """
+    device = tensors["levels"].device
+    count, width = sizes(layout.rows, layout.cols)
+    tiles = torch.empty(count, dtype=torch.uint8, device=device)
+    flags = torch.zeros(width, dtype=torch.uint8, device=device)
+    stride = _stride(layout.cols)
+    for start, stop in _chunks(layout.rows, layout.cols):
+        part = unpack(*slice_rows(layout, tensors, start, stop))
+        first, last = start // UNIT_ROWS, -(-stop // UNIT_ROWS)
+        tiles[first * stride : last * stride] = _units(part).view(-1)
+        if part.salient is not None:
+            flags[: layout.cols] = 8 * part.salient
+    return tiles, flags
+
+
+def collapse(layout: Layout, tiles: Tensor, flags: Tensor) -> dict[str, Tensor]:
+    """Undo `expand`: the packed tensors of `layout.fields()`."""
+    parts = []
+    for start, stop in _chunks(layout.rows, layout.cols):
+        own = replace(layout, rows=stop - start)
+        parts.append(pack(_compressed(own, *_rows_of(tiles, layout.cols, start, stop), flags))[1])
+    return {
+        name: parts[0][name]
+        if name == "salient"
+        else torch.cat([part[name] for part in parts]).contiguous()
+        for name in layout.fields()
+    }
+
+
+def dense_rows(
+    tiles: Tensor, flags: Tensor, cols: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Decode rows `start:stop`, `start` a multiple of 16: `dtype` `(stop - start, cols)`."""
+    codes, levels, scale = _rows_of(tiles, cols, start, stop)
+    table = levels.new_zeros(*levels.shape[:2], 16)
+    table[..., 1 : 1 + _ORDINARY] = levels[..., :_ORDINARY]
+    table[..., 9 : 9 + _SALIENT] = levels[..., _ORDINARY:]
+    values = (table.float() * scale.float().unsqueeze(-1)).to(dtype)
+    width = values.shape[1] * BLOCK
+    index = torch.nn.functional.pad(codes | flags[: codes.shape[1]], (0, width - codes.shape[1]))
+    index = index.view(stop - start, -1, BLOCK).long()
+    return values.gather(-1, index).view(stop - start, width)[:, :cols]
+
+
+def _records(part: CompressedLinear, blocks: int) -> Tensor:
+    """Level records of some rows, uint8 `(rows, blocks, 12)`."""
+    rows, ngroups = part.levels.params.shape[:2]
+    records = part.codes.new_full((rows, ngroups, _RECORD), 128)
+    tables = [(0, part.levels), (_ORDINARY, part.salient_levels)]
+    for start, table in tables:
+        if table is not None:
+            shifted = table.params.view(torch.uint8) ^ 128  # int8 + 128
+            records[..., start : start + shifted.shape[-1]] = shifted
+    records[..., -2:] = part.levels.scale.contiguous().view(torch.uint8).view(rows, ngroups, 2)
+    return records[:, _group_of_block(part.group_size, ngroups, blocks)]
+
+
+def _group_of_block(group_size: int, ngroups: int, blocks: int) -> Tensor:
+    """Which column group's record each 128 columns use, int64 `(blocks,)`."""
+    group = torch.arange(blocks) * BLOCK // group_size
+    return group.clamp_(max=ngroups - 1)
+
+
+def _units(part: CompressedLinear) -> Tensor:
+    """Rows of units, uint8 `(rows of units, stride)`."""
+    rows, cols = part.shape
+    full, half = _blocks(cols)
+    down, across = -(-rows // UNIT_ROWS), full + half
+    missing = down * UNIT_ROWS - rows
+    codes = torch.nn.functional.pad(part.codes, (0, across * BLOCK - cols, 0, missing))
+    # (unit row, tile, row, unit column, k, j) -> k, (unit row, unit column, tile, 16 row + j)
+    k = codes.view(down, _TILES, 4, across, 8, 16).permute(4, 0, 3, 1, 2, 5)
+    k = k.reshape(8, down, across, _TILES, _PLANE)
+    planes = torch.stack(
+        (
+            k[0] | k[1] << 3 | (k[6] & 3) << 6,
+            k[2] | k[3] << 3 | (k[7] & 3) << 6,
+            k[4] | k[5] << 3 | (k[6] >> 2) << 6 | (k[7] >> 2) << 7,
+        ),
+        -2,
+    )
+    records = _records(part, across)
+    if missing:
+        empty = records.new_full((missing, across, _RECORD), 128)
+        empty[..., -2:] = 0
+        records = torch.cat((records, empty))
+    records = records.view(down, UNIT_ROWS, across, _RECORD).transpose(1, 2).flatten(2)
+    body = torch.cat((planes[:, :full].flatten(2), records[:, :full]), -1).flatten(1)
+    if not half:
+        return body
+    last = torch.cat((planes[:, full, :, :2].flatten(1), records[:, full]), -1)
+    return torch.cat((body, last), -1)
+
+
+def _rows_of(tiles: Tensor, cols: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode rows `start:stop`, `start` a multiple of 16.
+
+    Returns:
+        codes uint8 `(rows, cols)`; levels int8 `(rows, blocks, 10)`; scale bfloat16
+        `(rows, blocks)`.
+    """
+    full, half = _blocks(cols)
+    stride = _stride(cols)
+    first, last = start // UNIT_ROWS, -(-stop // UNIT_ROWS)
+    down, across = last - first, full + half
+    strip = tiles[first * stride : last * stride].view(down, stride)
+    body = strip[:, : full * _FULL].reshape(down, full, _FULL)
+    planes = body.new_zeros(down, across, _TILES, 3, _PLANE)
+    records = body.new_empty(down, across, _RECORDS)
+    planes[:, :full] = body[..., :-_RECORDS].reshape(down, full, _TILES, 3, _PLANE)
+    records[:, :full] = body[..., -_RECORDS:]
+    if half:
+        last_unit = strip[:, full * _FULL :]
+        planes[:, full, :, :2] = last_unit[:, :-_RECORDS].reshape(down, _TILES, 2, _PLANE)
+        records[:, full] = last_unit[:, -_RECORDS:]
+    A, B, C = planes.unbind(3)
+    k = torch.stack(
+        (
+            A & 7,
+            A >> 3 & 7,
+            B & 7,
+            B >> 3 & 7,
+            C & 7,
+            C >> 3 & 7,
+            A >> 6 | (C >> 4 & 4),
+            B >> 6 | (C >> 5 & 4),
+        )
+    )
+    codes = k.view(8, down, across, _TILES, 4, 16).permute(1, 3, 4, 2, 0, 5)
+    codes = codes.reshape(down * UNIT_ROWS, across * BLOCK)[: stop - start, :cols]
+    records = records.view(down, across, UNIT_ROWS, _RECORD).transpose(1, 2)
+    records = records.reshape(down * UNIT_ROWS, across, _RECORD)[: stop - start]
+    levels = (records[..., :-2] ^ 128).view(torch.int8)
+    scale = records[..., -2:].contiguous().view(torch.bfloat16).squeeze(-1)
+    return codes, levels, scale
+
+
+def _compressed(
+    layout: Layout, codes: Tensor, levels: Tensor, scale: Tensor, flags: Tensor
+) -> CompressedLinear:
+    blocks = torch.arange(layout.groups) * layout.group_size // BLOCK  # the first of each group
+    levels, scale = levels[:, blocks], scale[:, blocks].contiguous()
+    counts = layout.level_counts()
+    salient, salient_levels = None, None
+    if layout.salient is not None:
+        salient = flags[: layout.cols] != 0
+        own = levels[..., _ORDINARY : _ORDINARY + counts[1]].contiguous()
+        salient_levels = LevelTable(*layout.salient, own, scale)
+    table = LevelTable(*layout.levels, levels[..., : counts[0]].contiguous(), scale)
+    return CompressedLinear(
+        codes.contiguous(), table, layout.group_size, layout.nm, salient, salient_levels
+    )

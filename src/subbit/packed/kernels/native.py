@@ -1,0 +1,190 @@
+"""The compiled kernels (b3.cpp), reached through ctypes: which there are, and calls into them.
+
+The shared object is built with the package where there is a C++ compiler. It needs no torch to be
+built and none of torch's headers; with torch loaded first both share one OpenMP.
+
+Two environment variables choose for all linears: `SUBBIT_KERNEL=off` leaves every linear on the
+reference, `SUBBIT_ISA=portable|avx2|avxvnni|avx512|neon|neondot` names the instruction set.
+"""
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from subbit.errors import RecipeError, SubbitError, nearest
+from subbit.packed.kernels.layout import sizes
+
+__all__ = ["MAX_BATCH", "available", "dense", "kernel_name", "linear", "read"]
+
+MAX_BATCH = 16
+"""Vectors that `linear` takes at once."""
+
+_VERSION = 1
+_ISAS = {"portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "neon": 4, "neondot": 5}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ERRORS = {1: "sizes that do not fit", 2: "no memory", 3: "an unknown instruction set"}
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built."""
+    for path in sorted(Path(__file__).parent.glob("_b3*.so")):
+        try:
+            found = ctypes.CDLL(str(path))
+            version = found.subbit_b3_version()
+        except (OSError, AttributeError):
+            continue
+        if version == _VERSION:
+            pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+            weights = [pointer, size, pointer, size, size, size]
+            found.subbit_b3_linear.argtypes = [pointer, number, number, *weights, pointer]
+            found.subbit_b3_linear.argtypes += [number, number, number]
+            found.subbit_b3_dense.argtypes = [*weights, size, size, pointer, number, number, number]
+            found.subbit_b3_read.argtypes = [pointer, size, number, number]
+            found.subbit_b3_read.restype = ctypes.c_uint64
+            return found
+    return None
+
+
+@lru_cache
+def _isa(wanted: str | None) -> str:
+    """The instruction set to use; None = the best that this processor has."""
+    library = _library()
+    has = [name for name, code in _ISAS.items() if library and library.subbit_b3_supports(code)]
+    if wanted is None:
+        return has[-1] if has else "torch"
+    if wanted not in _ISAS:
+        raise RecipeError(f"SUBBIT_ISA is '{wanted}'{nearest(wanted, _ISAS)}")
+    if library is not None and wanted not in has:
+        raise RecipeError(
+            f"SUBBIT_ISA is '{wanted}', which this processor lacks; it has: {', '.join(has)}"
+        )
+    return wanted if library is not None else "torch"
+
+
+def available() -> bool:
+    """Whether compiled kernels are there and `SUBBIT_KERNEL` does not turn them off."""
+    return kernel_name() not in ("reference", "torch")
+
+
+def kernel_name() -> str:
+    """What multiplies with linears in the resident layout on this machine's CPU.
+
+    Returns:
+        An instruction set ("avx512", "avxvnni", "avx2", "neondot", "neon", "portable"); "torch" =
+        panels decoded and multiplied by torch, for want of a compiled kernel; "reference" = kernels
+        are turned off.
+
+    Raises:
+        RecipeError: `SUBBIT_KERNEL` or `SUBBIT_ISA` is unknown or not what this processor has.
+    """
+    switch = os.environ.get("SUBBIT_KERNEL", "on")
+    if switch not in ("on", "off"):
+        raise RecipeError(f"SUBBIT_KERNEL is '{switch}'; use on or off")
+    return "reference" if switch == "off" else _isa(os.environ.get("SUBBIT_ISA"))
+
+
+def _compiled() -> int | None:
+    """Number of the instruction set of compiled code, or None without any."""
+    name = _isa(os.environ.get("SUBBIT_ISA"))
+    return _ISAS.get(name)
+
+
+def _weights(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> tuple[int, ...]:
+    """The arguments that name a linear's weights, checked: C trusts them."""
+    count, width = sizes(rows, cols)
+    for name, tensor, size in (("tiles", tiles, count), ("flags", flags, width)):
+        if tensor.dtype != torch.uint8 or tensor.numel() != size:
+            raise ValueError(
+                f"{name} of a linear ({rows}, {cols}) must be {size} bytes, not "
+                f"{tensor.numel()} of {tensor.dtype}."
+            )
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and on the CPU.")
+    return tiles.data_ptr(), count, flags.data_ptr(), width, rows, cols
+
+
+def _check(status: int) -> None:
+    if status:
+        raise SubbitError(f"the CPU kernel reports {_ERRORS.get(status, status)}; report this bug.")
+
+
+def linear(
+    x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
+) -> Tensor | None:
+    """Multiply `x`, at most 16 vectors, float32 or bfloat16 `(batch, cols)`, contiguous.
+
+    Args:
+        planes: 2 = activations of about 16 bits (relative error <= 1e-4), 1 = of 8 (<= 1e-2).
+
+    Returns:
+        float32 `(batch, rows)`, or None without compiled kernels.
+    """
+    isa = _compiled()
+    if isa is None:
+        return None
+    batch = x.shape[0]
+    if not 1 <= batch <= MAX_BATCH or x.shape[1] != cols or planes not in (1, 2):
+        raise ValueError(
+            f"x {tuple(x.shape)}, planes {planes} do not fit a linear of {cols} columns."
+        )
+    out = torch.empty(batch, rows, dtype=torch.float32)
+    status = _library().subbit_b3_linear(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        batch,
+        *_weights(tiles, flags, rows, cols),
+        out.data_ptr(),
+        planes,
+        isa,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return out
+
+
+def dense(
+    tiles: Tensor, flags: Tensor, rows: int, cols: int, start: int, stop: int, out: Tensor
+) -> bool:
+    """Decode rows `start:stop` into `out`, float32 or bfloat16 `(stop - start, cols)`, contiguous.
+
+    Returns:
+        False, with `out` untouched, without compiled kernels.
+    """
+    isa = _compiled()
+    if isa is None:
+        return False
+    if not 0 <= start <= stop <= rows or out.shape != (stop - start, cols):
+        raise ValueError(f"rows {start}:{stop} of ({rows}, {cols}) do not fit {tuple(out.shape)}.")
+    status = _library().subbit_b3_dense(
+        *_weights(tiles, flags, rows, cols),
+        start,
+        stop,
+        out.data_ptr(),
+        _DTYPES[out.dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return True
+
+
+def read(data: Tensor) -> int:
+    """Read a contiguous tensor once, as fast as this machine can, by whole 64 KiB.
+
+    It takes the time that no kernel which reads as many bytes from memory can undercut.
+
+    Returns:
+        The xor of the 64-bit words read; 0, having read nothing, without compiled kernels.
+    """
+    isa = _compiled()
+    if isa is None:
+        return 0
+    if data.device.type != "cpu" or not data.is_contiguous():
+        raise ValueError("only a contiguous tensor on the CPU can be read.")
+    nbytes = data.numel() * data.element_size()
+    return _library().subbit_b3_read(data.data_ptr(), nbytes, isa, torch.get_num_threads())

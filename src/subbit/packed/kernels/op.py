@@ -1,0 +1,85 @@
+"""The torch operator `subbit::b3_linear`: `y = x Wᵀ` with W in the resident layout B3.
+
+Up to 16 vectors go through the compiled kernel, which reads the codes themselves. More of them, or
+any number without a compiled kernel, are multiplied by torch with panels of 1024 decoded rows.
+"""
+
+import torch
+from torch import Tensor
+
+from subbit.packed.kernels import native
+from subbit.packed.kernels.layout import dense_rows, sizes
+
+__all__ = ["PANEL_ROWS", "b3_linear", "decode"]
+
+PANEL_ROWS = 1024
+
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPERATORS = torch.library.Library("subbit", "DEF")
+_OPERATORS.define(
+    "b3_linear(Tensor x, Tensor tiles, Tensor flags, int rows, int cols, int planes) -> Tensor"
+)
+
+
+def decode(
+    tiles: Tensor, flags: Tensor, rows: int, cols: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows `start:stop` (`start` a multiple of 16) of W: `dtype` `(stop - start, cols)`."""
+    if tiles.device.type == "cpu":
+        own = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        out = torch.empty(stop - start, cols, dtype=own)
+        if native.dense(tiles, flags, rows, cols, start, stop, out):
+            return out.to(dtype)
+    return dense_rows(tiles, flags, cols, start, stop, dtype)
+
+
+def _panels(rows: int) -> list[tuple[int, int]]:
+    return [(start, min(start + PANEL_ROWS, rows)) for start in range(0, rows, PANEL_ROWS)]
+
+
+def _linear(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
+    if x.shape[-1] != cols or tuple((tiles.numel(), flags.numel())) != sizes(rows, cols):
+        raise ValueError(
+            f"x {tuple(x.shape)}, {tiles.numel()} bytes of tiles and {flags.numel()} flags do not "
+            f"fit a linear ({rows}, {cols})."
+        )
+    flat = x.reshape(-1, cols)
+    batch = flat.shape[0]
+    if 0 < batch <= native.MAX_BATCH and x.dtype in _COMPILED_DTYPES:
+        own = flat.float() if x.dtype == torch.float16 else flat
+        y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
+        if y is not None:
+            return y.to(x.dtype).view(*x.shape[:-1], rows)
+    y = x.new_empty(batch, rows)
+    for start, stop in _panels(rows):
+        panel = decode(tiles, flags, rows, cols, start, stop, x.dtype)
+        y[:, start:stop] = flat @ panel.T
+    return y.view(*x.shape[:-1], rows)
+
+
+def _shape_only(
+    x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    _, tiles, flags, ctx.rows, ctx.cols, _ = inputs
+    ctx.save_for_backward(tiles, flags)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tiles, flags = ctx.saved_tensors
+    out = grad.new_zeros(*grad.shape[:-1], ctx.cols)
+    for start, stop in _panels(ctx.rows):
+        panel = decode(tiles, flags, ctx.rows, ctx.cols, start, stop, grad.dtype)
+        out += grad[..., start:stop] @ panel
+    return out, None, None, None, None, None
+
+
+_OPERATORS.impl("b3_linear", _linear, "CPU")
+torch.library.register_fake("subbit::b3_linear", _shape_only, lib=_OPERATORS)
+torch.library.register_autograd("subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS)
+
+b3_linear = torch.ops.subbit.b3_linear
+"""`(x, tiles, flags, rows, cols, planes) -> y`: x `(..., cols)`, y `(..., rows)`, same dtype."""

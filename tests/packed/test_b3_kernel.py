@@ -1,0 +1,231 @@
+"""The operator: every instruction set that this processor has means the same weights."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from int8_examples import b3_linears, make_int8
+
+from subbit.errors import RecipeError
+from subbit.packed import pack
+from subbit.packed.kernels import kernel_name, native
+from subbit.packed.kernels.layout import expand
+from subbit.packed.kernels.op import b3_linear, decode
+
+ISAS = ("portable", "avx2", "avxvnni", "avx512", "neon", "neondot")
+RANGE = {1: 127, 2: 32512}  # steps of the largest activation of a block
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    if native.kernel_name() == "torch":
+        pytest.skip("the kernels are not compiled here; pip install -e . compiles them")
+    monkeypatch.setenv("SUBBIT_ISA", request.param)
+    try:
+        return kernel_name()
+    except RecipeError:
+        pytest.skip(f"this processor has no {request.param}")
+
+
+def resident(linear):
+    return expand(*pack(linear))
+
+
+def tolerance(x, W, planes):
+    """Largest error of each output that rounding the activations can make, and float32's."""
+    padded = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 128)).view(len(x), -1, 128)
+    largest = padded.abs().amax(-1).repeat_interleave(128, -1)[:, : x.shape[1]]
+    rounding = 0.51 * largest / RANGE[planes]
+    return (rounding + 2e-6 * x.double().abs()) @ W.double().abs().T + 1e-30
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    linear=b3_linears(),
+    batch=st.integers(1, 19),
+    planes=st.sampled_from([1, 2]),
+    seed=st.integers(0, 9),
+)
+def test_fuzzed_shapes(isa, linear, batch, planes, seed):
+    rows, cols = linear.shape
+    x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(seed))
+    tiles, flags = resident(linear)
+    W = linear.dequantize()
+    y = b3_linear(x, tiles, flags, rows, cols, planes)
+    error = (y.double() - x.double() @ W.double().T).abs()
+    scale = linear.levels.scale.double().repeat_interleave(linear.group_size, 1)[:, :cols]
+    allowed = tolerance(x, W, planes)
+    if planes == 2:  # sums of (level + 128) x and of -128 x are rounded to float32 before they meet
+        allowed += 383 * 2.0**-24 * (x.double().abs() @ scale.T)
+    assert (error <= allowed).all()
+
+
+@pytest.mark.parametrize(("planes", "bound"), [(2, 1e-4), (1, 1e-2)])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16])
+def test_relative_error(isa, planes, bound, batch):
+    rows, cols = 256, 576
+    linear = make_int8(rows, cols, seed=5)
+    x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch))
+    wanted = x.double() @ linear.dequantize().double().T
+    y = b3_linear(x, *resident(linear), rows, cols, planes)
+    assert (y - wanted).norm() <= bound * wanted.norm()
+    assert (y - wanted).norm() > 0  # it is the kernel that was tested
+
+
+def test_instruction_sets_agree(isa, monkeypatch):
+    rows, cols = 48, 450
+    x = torch.randn(11, cols, generator=torch.Generator().manual_seed(1))
+    weights = resident(make_int8(rows, cols, seed=2))
+    y = b3_linear(x, *weights, rows, cols, 2)
+    monkeypatch.setenv("SUBBIT_ISA", "portable")
+    other = b3_linear(x, *weights, rows, cols, 2)
+    assert (y - other).norm() <= 1e-6 * other.norm()
+
+
+def test_dense_panels_are_the_reference_bit_for_bit(isa):
+    for rows, cols in ((33, 320), (16, 64), (5, 77), (1, 1), (20, 600)):
+        linear = make_int8(rows, cols, seed=rows)
+        tiles, flags = resident(linear)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            found = decode(tiles, flags, rows, cols, 0, rows, dtype)
+            assert torch.equal(found, linear.dequantize().to(dtype))
+    assert torch.equal(decode(tiles, flags, 20, 600, 16, 20, dtype), linear.dequantize()[16:])
+
+
+def test_extreme_weights_and_activations(isa):
+    """Levels of -128 and activations of one sign: the largest sums that integers must hold."""
+    linear = make_int8(16, 128, nm=None, salient=None)
+    linear.levels.params.fill_(-128)
+    linear.levels.scale.fill_(1)
+    linear.codes.clamp_(min=1)
+    tiles, flags = resident(linear)
+    for x in (torch.full((1, 128), -3.0), torch.full((1, 128), 1e20)):
+        y = b3_linear(x, tiles, flags, 16, 128, 2)
+        torch.testing.assert_close(y, x @ linear.dequantize().T, rtol=1e-5, atol=0)
+    assert (b3_linear(torch.zeros(1, 128), tiles, flags, 16, 128, 2) == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_visible(isa, value):
+    x = torch.zeros(2, 200)
+    x[1, 150] = value
+    y = b3_linear(x, *resident(make_int8(10, 200)), 10, 200, 2)
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [3, 40])
+def test_half_precision(isa, dtype, batch):
+    linear = make_int8(64, 256, seed=4)
+    x = torch.randn(batch, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = b3_linear(x, *resident(linear), 64, 256, 2)
+    wanted = x.float() @ linear.dequantize().T
+    assert y.dtype == dtype
+    assert (y.float() - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+def test_threads_change_nothing(isa):
+    weights = resident(make_int8(1000, 1024, seed=7))
+    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(b3_linear(x, *weights, 1000, 1024, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64), (0, 64), (2, 0, 64), (2, 30, 64)])
+def test_leading_dimensions(isa, shape):
+    linear = make_int8(7, 64)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = b3_linear(x, *resident(linear), 7, 64, 2)
+    assert y.shape == (*shape[:-1], 7)
+    torch.testing.assert_close(y, x @ linear.dequantize().T, rtol=1e-3, atol=1e-3)
+
+
+def test_activations_in_any_memory_order(isa):
+    linear = make_int8(7, 64)
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).T
+    y = b3_linear(x, *resident(linear), 7, 64, 2)
+    assert torch.equal(y, b3_linear(x.contiguous(), *resident(linear), 7, 64, 2))
+
+
+def test_wrong_sizes_never_reach_the_kernel(isa):
+    tiles, flags = resident(make_int8(40, 200))
+    x = torch.randn(1, 200)
+    for bad in (
+        (x, tiles[:-1], flags, 40, 200, 2),
+        (x, tiles, flags[:-1], 40, 200, 2),
+        (x, tiles, flags, 400, 200, 2),
+        (x, tiles, flags, 40, 201, 2),
+        (x[:, 1:], tiles, flags, 40, 200, 2),
+        (x, tiles.view(torch.int8), flags, 40, 200, 2),
+        (x, tiles, flags.repeat(2)[::2], 40, 200, 2),
+        (x, tiles, flags, 40, 200, 3),
+        (x, tiles, flags, -40, 200, 2),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            b3_linear(*bad)
+
+
+def test_any_bytes_are_safe(isa):
+    """Codes and records of any value read nothing but their own table."""
+    rng = torch.Generator().manual_seed(0)
+    tiles, flags = resident(make_int8(40, 200))
+    for _ in range(20):
+        noise = torch.randint(0, 256, tiles.shape, generator=rng, dtype=torch.uint8)
+        for batch in (1, 5, 20):
+            assert b3_linear(torch.ones(batch, 200), noise, flags, 40, 200, 2).shape == (batch, 40)
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch):
+    monkeypatch.setattr(native, "_compiled", lambda: None)
+    linear = make_int8(40, 300, seed=3)
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    y = b3_linear(x, *resident(linear), 40, 300, 2)
+    torch.testing.assert_close(y, x @ linear.dequantize().T)
+
+
+def test_gradients_of_the_activations():
+    linear = make_int8(40, 300, seed=3)
+    x = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    b3_linear(x, *resident(linear), 40, 300, 2).square().sum().backward()
+    y = x.detach() @ linear.dequantize().T
+    wanted = 2 * y @ linear.dequantize()
+    assert (x.grad - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def test_the_operator_keeps_torchs_rules():
+    linear = make_int8(16, 128)
+    x = torch.randn(2, 128, requires_grad=True)
+    args = (x, *resident(linear), 16, 128, 2)
+    torch.library.opcheck(
+        torch.ops.subbit.b3_linear.default,
+        args,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_names(monkeypatch):
+    monkeypatch.setenv("SUBBIT_KERNEL", "off")
+    assert kernel_name() == "reference"
+    monkeypatch.setenv("SUBBIT_KERNEL", "of")
+    with pytest.raises(RecipeError, match="on or off"):
+        kernel_name()
+    monkeypatch.setenv("SUBBIT_KERNEL", "on")
+    monkeypatch.setenv("SUBBIT_ISA", "avx521")
+    with pytest.raises(RecipeError, match="did you mean 'avx512'"):
+        kernel_name()
+
+
+def test_reading_reads_everything(isa):
+    words = torch.zeros(1 << 16, dtype=torch.int64)
+    words[77777 // 8], words[-1] = 5, 9
+    assert native.read(words) == 5 ^ 9

@@ -1,0 +1,136 @@
+"""The resident layout: every byte where layout.py says, and the way back without loss."""
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from int8_examples import b3_linears, make_int8
+from packed_examples import make_linear
+
+from subbit.codes import SparseLinear
+from subbit.errors import FormatError
+from subbit.packed import pack
+from subbit.packed.kernels import fits
+from subbit.packed.kernels.layout import collapse, dense_rows, expand, sizes
+
+
+@settings(max_examples=60, deadline=None)
+@given(linear=b3_linears())
+def test_disk_to_resident_and_back(linear):
+    layout, tensors = pack(linear)
+    assert fits(layout)
+    tiles, flags = expand(layout, tensors)
+    assert (tiles.numel(), flags.numel()) == sizes(layout.rows, layout.cols)
+    back = collapse(layout, tiles, flags)
+    assert list(back) == list(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor), name
+    dense = dense_rows(tiles, flags, layout.cols, 0, layout.rows, torch.float32)
+    assert torch.equal(dense, linear.dequantize())
+
+
+def test_many_rows_are_worked_on_in_chunks():
+    linear = make_int8(5000, 300, seed=1)
+    layout, tensors = pack(linear)
+    tiles, flags = expand(layout, tensors)
+    assert all(torch.equal(t, tensors[n]) for n, t in collapse(layout, tiles, flags).items())
+    part = dense_rows(tiles, flags, 300, 4096, 5000, torch.bfloat16)
+    assert torch.equal(part, linear.dequantize()[4096:].bfloat16())
+
+
+def weight_from_bytes(tiles, flags, cols, row, col):
+    """One weight, read bit by bit as the layout is described."""
+    full = cols // 128 + (cols % 128 > 64)
+    stride = full * 960 + 704 * (0 < cols % 128 <= 64)
+    block, k, j = col // 128, col % 128 // 16, col % 16
+    count = 3 if block < full else 2
+    unit = row // 16 * stride + block * 960
+    tile, r = row % 16 // 4, row % 4
+
+    def plane(p):
+        return int(tiles[unit + (tile * count + p) * 64 + 16 * r + j])
+
+    if k < 6:
+        code = plane((0, 1, 2)[k // 2]) >> 3 * (k % 2) & 7
+    else:
+        code = plane(k - 6) >> 6 | (plane(2) >> k & 1) << 2
+    record = tiles[unit + 4 * count * 64 + 12 * (row % 16) :][:12].tolist()
+    table = [0, *record[:6], 0, 0, *record[6:10], 0, 0, 0]
+    scale = torch.tensor(record[10:], dtype=torch.uint8).view(torch.bfloat16).item()
+    return (table[code | int(flags[col])] - 128) * scale if code else 0.0
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (19, 200), (5, 330)])
+def test_bytes_mean_what_the_description_says(shape):
+    linear = make_int8(*shape, seed=3)
+    tiles, flags = expand(*pack(linear))
+    dense = linear.dequantize()
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        row, col = (int(torch.randint(side, (1,), generator=rng)) for side in shape)
+        assert weight_from_bytes(tiles, flags, shape[1], row, col) == dense[row, col]
+
+
+def test_golden_unit():
+    """The bytes of a unit and a half one: what b3.cpp was written for."""
+    rows, cols = 16, 192
+    base = make_int8(rows, cols, nm=None, seed=0)
+    place = torch.arange(rows * cols).view(rows, cols)
+    salient = torch.arange(cols) % 5 == 0
+    codes = torch.where(salient, place % 4 + 1, place % 7)
+    levels = replace(
+        base.levels,
+        params=(torch.arange(rows * 2 * 6).view(rows, 2, 6) % 255 - 127).to(torch.int8),
+        scale=torch.linspace(0.5, 2, rows * 2).view(rows, 2).bfloat16(),
+    )
+    extra = replace(
+        base.salient_levels,
+        params=(100 - torch.arange(rows * 2 * 4).view(rows, 2, 4) % 200).to(torch.int8),
+        scale=levels.scale,
+    )
+    linear = replace(
+        base, codes=codes.byte(), levels=levels, salient_levels=extra, salient=salient, nm=None
+    )
+    tiles, flags = expand(*pack(linear))
+    assert tiles.numel() == 960 + 704
+    assert tiles[:8].tolist() == GOLDEN_START
+    assert hashlib.sha256(tiles.numpy().tobytes()).hexdigest() == GOLDEN
+    assert flags.view(-1, 16)[0].tolist() == [8, 0, 0, 0, 0] * 3 + [8]
+
+
+GOLDEN_START = [81, 153, 34, 107, 76, 194, 14, 80]
+GOLDEN = "88854d70febb7122e751911d66f3bb4340e943b9570b7618bced35e188769a9d"
+
+
+@pytest.mark.parametrize(
+    "linear",
+    [
+        make_linear(8, 128),  # float16 levels
+        make_int8(8, 256, group_size=64),
+        make_int8(8, 128, levels=("free", 7)),
+        make_int8(8, 128, salient=("free", 5)),
+        make_int8(8, 300, group_size=200),
+    ],
+    ids=["fp16", "group of 64", "7 levels", "5 salient levels", "group of 200"],
+)
+def test_what_does_not_fit(linear):
+    assert not fits(pack(linear)[0])
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_other_results_do_not_fit(scaled):
+    linear = make_int8(8, 128, nm=None, salient=None)
+    if scaled:
+        linear = replace(linear, column_scale=torch.ones(128).half())
+    else:
+        linear = SparseLinear(torch.ones(8, 128).half(), torch.ones(8, 128).bool())
+    assert not fits(pack(linear)[0])
+
+
+def test_damaged_codes_are_refused():
+    layout, tensors = pack(make_int8(8, 128, nm=(6, 8)))
+    tensors["mask"] = tensors["mask"] | 255
+    with pytest.raises(FormatError, match="mask"):
+        expand(layout, tensors)

@@ -1,0 +1,125 @@
+"""A packed linear on the CPU backend: the same module to everyone who looks at it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from int8_examples import make_int8
+from packed_examples import make_linear
+
+from subbit.errors import FormatError, RecipeError
+from subbit.packed import PackedLinear
+
+
+def module(backend="cpu", dtype=torch.float32, **options) -> PackedLinear:
+    linear = make_int8(40, 200, seed=2, **options)
+    made = PackedLinear.from_compressed(linear, torch.linspace(-1, 1, 40), dtype)
+    made.set_backend(backend)
+    return made
+
+
+def x(*shape, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, 200, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def close(y: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-4) -> bool:
+    return bool((y - wanted).norm() <= bound * wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (30,)])
+def test_forward_is_that_of_the_reference(shape):
+    assert close(module()(x(*shape)), module("reference")(x(*shape)))
+    one = module()
+    one.planes = 1
+    assert close(one(x(*shape)), module("reference")(x(*shape)), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_in_the_dtype_of_x(dtype):
+    y = module(dtype=dtype)(x(3, dtype=dtype))
+    assert y.dtype == dtype
+    assert close(y.float(), module("reference")(x(3, dtype=dtype).float()), 2e-2)
+
+
+def test_the_state_dict_is_that_of_the_reference():
+    state, wanted = module().state_dict(), module("reference").state_dict()
+    assert set(state) == set(wanted)
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_there_and_back_changes_nothing():
+    made = module()
+    assert made.backend == "cpu"
+    assert torch.equal(made.dequantize(), make_int8(40, 200, seed=2).dequantize())
+    assert torch.equal(made.compressed().codes, make_int8(40, 200, seed=2).codes)
+    held = [*made.parameters(), *made.buffers()]
+    assert sum(t.numel() for t in held if t.dtype == torch.uint8) < 3 * 16 * (960 + 960) + 256
+    assert [name for name, _ in made.named_parameters()] == ["bias"]
+    assert made.bits() == module("reference").bits()
+    made.set_backend("cpu")
+    made.set_backend("reference")
+    assert torch.equal(made(x(2)), module("reference")(x(2)))
+    assert not list(made.buffers())
+
+
+def test_loading_a_state_dict():
+    other = PackedLinear.from_compressed(make_int8(40, 200, seed=9), torch.zeros(40), torch.float32)
+    made = module()
+    made.load_state_dict(other.state_dict())
+    assert made.backend == "cpu"
+    assert torch.equal(made.dequantize(), other.dequantize())
+
+
+def test_copies_and_pickles():
+    made = module()
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert other.backend == "cpu"
+        assert torch.equal(other(x(2)), made(x(2)))
+
+
+def test_dtype_and_device_changes():
+    made = module().bfloat16()
+    assert made.backend == "cpu" and made.bias.dtype == torch.bfloat16
+    assert torch.equal(made.float().dequantize(), module().dequantize())
+    gone = made.to("meta")
+    assert gone.backend == "reference" and gone.levels.device.type == "meta"
+
+
+def test_what_does_not_fit_is_refused_and_stays_as_it_was():
+    made = PackedLinear.from_compressed(make_linear(24, 100), None, torch.float32)
+    with pytest.raises(RecipeError, match="int8"):
+        made.set_backend("cpu")
+    with pytest.raises(RecipeError, match="backend is 'gpu'"):
+        made.set_backend("gpu")
+    assert made.backend == "reference" and made(torch.ones(1, 100)).isfinite().all()
+
+
+def test_damaged_codes_are_refused_and_nothing_is_lost():
+    made = module("reference", nm=(6, 8))
+    made.mask.data.fill_(255)
+    with pytest.raises(FormatError, match="mask"):
+        made.set_backend("cpu")
+    assert made.backend == "reference"
+
+
+def test_gradients_pass_through_to_the_activations():
+    inputs = x(2).requires_grad_()
+    module()(inputs).sum().backward()
+    wanted = x(2).requires_grad_()
+    module("reference")(wanted).sum().backward()
+    assert close(inputs.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+def test_torch_compile(batch):
+    made = module()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x(batch)), made(x(batch)))
+
+
+def test_without_kernels_the_layout_still_works(monkeypatch):
+    from subbit.packed.kernels import native
+
+    monkeypatch.setattr(native, "_compiled", lambda: None)
+    assert close(module()(x(3)), module("reference")(x(3)), 1e-6)

@@ -1,0 +1,121 @@
+"""Levels on the int8 grid: rounding, storage, bytes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from int8_examples import make_int8
+from packed_examples import NM, TABLES
+
+from subbit.codes import LevelTable, on_int8_grid
+from subbit.errors import FormatError
+from subbit.packed import Layout, bit_report, pack, unpack
+
+
+def test_rounding_is_to_the_nearest_step_of_the_largest_level():
+    levels = LevelTable("free", 3, torch.tensor([[[1.0, -0.5, 0.25]]]).half())
+    salient = LevelTable("free", 2, torch.tensor([[[-2.0, 0.0]]]).half())
+    own, extra = on_int8_grid(levels, salient)
+    scale = torch.tensor([[2 / 127]]).bfloat16()
+    assert torch.equal(own.scale, scale) and torch.equal(extra.scale, scale)
+    assert own.params.tolist() == [[[64, -32, 16]]]
+    assert extra.params.tolist() == [[[-127, 0]]]
+    error = (own.values() - levels.values()).abs().max()
+    assert error <= 0.51 * scale.float().item()
+
+
+def test_it_is_deterministic_and_done_once():
+    linear = make_int8(9, 200, seed=1)
+    again = on_int8_grid(linear.levels, linear.salient_levels)
+    assert again[0] is linear.levels and again[1] is linear.salient_levels
+
+
+def test_rows_of_zeros_stay_zero():
+    levels = LevelTable("pairs", 3, torch.zeros(2, 1, 6).half())
+    own, none = on_int8_grid(levels, None)
+    assert none is None
+    assert (own.values() == 0).all() and (own.scale == 0).all()
+
+
+@pytest.mark.parametrize("size", [6e-8, 65504.0])
+def test_smallest_and_largest_float16_levels(size):
+    own, _ = on_int8_grid(LevelTable("free", 1, torch.full((1, 1, 1), size).half()), None)
+    assert own.values().item() == pytest.approx(size, rel=0.01)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 300),
+    nm=st.sampled_from(NM),
+    levels=st.sampled_from(TABLES),
+    salient=st.sampled_from([None, *TABLES]),
+    group_size=st.sampled_from([32, 128, 1000]),
+    zeros=st.booleans(),
+)
+def test_pack_and_unpack(rows, cols, nm, levels, salient, group_size, zeros):
+    linear = make_int8(
+        rows, cols, nm=nm, levels=levels, salient=salient, group_size=group_size, zeros=zeros
+    )
+    layout, tensors = pack(linear)
+    assert layout.int8
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == layout.fields()
+    back = unpack(layout, tensors)
+    assert torch.equal(back.codes, linear.codes)
+    assert torch.equal(back.levels.params, linear.levels.params)
+    assert torch.equal(back.levels.scale, linear.levels.scale)
+    assert torch.equal(back.dequantize(), linear.dequantize())
+
+
+def test_json_names_int8_only_where_it_is():
+    layout = pack(make_int8(8, 128))[0]
+    assert layout.to_dict()["int8"] is True
+    assert Layout.from_dict(layout.to_dict()) == layout
+    ordinary = replace(layout, int8=False)
+    assert "int8" not in ordinary.to_dict()
+    assert Layout.from_dict(ordinary.to_dict()) == ordinary
+    with pytest.raises(FormatError, match="int8"):
+        Layout.from_dict(layout.to_dict() | {"int8": 1})
+
+
+def test_layouts_that_int8_does_not_go_with():
+    data = pack(make_int8(8, 128))[0].to_dict()
+    for wrong in (
+        {"column_scale": True, "scaled_params": 2},
+        {"salient_elements": 5, "salient_group_size": 64},
+    ):
+        with pytest.raises(FormatError, match="int8"):
+            Layout.from_dict(data | wrong)
+
+
+def test_twelve_bytes_a_record():
+    layout = pack(make_int8(64, 1024))[0]
+    fields = layout.fields()
+    records = sum(fields[name].nbytes for name in ("levels", "salient_levels", "scale"))
+    assert records == 64 * 8 * 12
+    assert bit_report(layout).floor["scales"] == 96 / 128
+
+
+def test_tables_must_share_their_scale():
+    linear = make_int8(8, 128)
+    other = replace(linear.salient_levels, scale=linear.levels.scale * 2)
+    with pytest.raises(ValueError, match="same int8 scale"):
+        pack(replace(linear, salient_levels=other))
+    with pytest.raises(ValueError, match="same int8 scale"):
+        pack(replace(linear, salient_levels=replace(other, scale=None)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(bad):
+    linear = make_int8(8, 128)
+    layout, tensors = pack(linear)
+    scale = tensors["scale"].clone()
+    scale[3, 0] = bad
+    with pytest.raises(FormatError, match="'scale'"):
+        unpack(layout, tensors | {"scale": scale})
+    linear.levels.scale[3, 0] = bad
+    linear.salient_levels.scale[3, 0] = bad
+    with pytest.raises((FormatError, ValueError), match="scale"):
+        pack(linear)
