@@ -9,7 +9,7 @@ from torch import Tensor
 from subbit.binarize.groups import Split, group_weights
 from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.codes import CompressedLinear
-from subbit.linalg import BlockView, factorize, run_blocks
+from subbit.linalg import BlockView, Factor, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import Scorer, ranks_in_groups
@@ -57,15 +57,7 @@ class PBS2P(Method):
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
         o = self.options
         factor = factorize(stats.H, self.settings.percdamp)
-        scorer = Scorer(
-            o.fine_metric,
-            W,
-            stats.H,
-            factor,
-            hessian_score=o.hessian_score,
-            seed=self.settings.seed,
-            name=stats.name,
-        )
+        scorer = self._scorer(W, factor, stats)
 
         def compress_block(block: BlockView) -> CodedBlock:
             return as_stored(self._compress_block(block, scorer(block), nm), self.settings.levels)
@@ -79,6 +71,19 @@ class PBS2P(Method):
             objective=o.objective,
         )
         return assemble(blocks, self.settings.blocksize, nm, damping_record(factor))
+
+    def _scorer(self, W: Tensor, factor: Factor, stats: LinearStats) -> Scorer:
+        """The fine stage's metric on this linear."""
+        o = self.options
+        return Scorer(
+            o.fine_metric,
+            W,
+            stats.H,
+            factor,
+            hessian_score=o.hessian_score,
+            seed=self.settings.seed,
+            name=stats.name,
+        )
 
     def _compress_block(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         o, (n, m) = self.options, nm

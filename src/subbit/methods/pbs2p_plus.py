@@ -13,7 +13,7 @@ from subbit.linalg import BlockView, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, as_stored, assemble
 from subbit.methods.base import LinearStats, damping_record
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
-from subbit.prune import Scorer, ranks_in_groups
+from subbit.prune import ranks_in_groups
 
 __all__ = ["PBS2PPlus", "PBS2PPlusOptions"]
 
@@ -56,15 +56,7 @@ class PBS2PPlus(PBS2P):
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
         o, settings = self.options, self.settings
         factor = factorize(stats.H, settings.percdamp)
-        scorer = Scorer(
-            o.fine_metric,
-            W,
-            stats.H,
-            factor,
-            hessian_score=o.hessian_score,
-            seed=settings.seed,
-            name=stats.name,
-        )
+        scorer = self._scorer(W, factor, stats)
 
         fitted: list[CodedBlock] = []  # with float16 parameters, which a pass goes on from
 

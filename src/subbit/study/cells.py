@@ -86,7 +86,7 @@ def run_cell(
     else:
         packed = folder / f"{cell.name}.model"
         if not packed.exists():
-            done = compress(
+            compress(
                 model,
                 cell.recipe,
                 protocol.calibration,
@@ -95,8 +95,6 @@ def run_cell(
                 seqlen=protocol.seqlen,
                 overrides=cell.overrides,
             )
-            # the report of the run also stands in the folder's log, for a study cut off here
-            del done
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
