@@ -330,6 +330,7 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="Measure this cell alone; may be repeated.")
     ] = None,
+    dtype: Dtype = "auto",
     listing: Annotated[bool, typer.Option("--list", help="List the studies and cells.")] = False,
 ) -> None:
     """Make one of the tables in docs/: measure its cells, each kept under OUT/STUDY, and print it.
@@ -346,7 +347,7 @@ def study(
     chosen = find(name)
     from subbit.study.run import run_study
 
-    typer.echo(run_study(name, chosen, model, out, only or [], _say))
+    typer.echo(run_study(name, chosen, model, out, only or [], _say, dtype))
 
 
 def _load(source: str, dtype: str, device: str, keep_dense: bool = False) -> tuple[Any, Any]:

@@ -58,7 +58,12 @@ class Cell:
 
 
 def run_cell(
-    cell: Cell, model: str, protocol: Protocol, folder: Path, say: Callable[[str], None] = print
+    cell: Cell,
+    model: str,
+    protocol: Protocol,
+    folder: Path,
+    say: Callable[[str], None] = print,
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Return the cell's record, from `folder` where it is there already.
 
@@ -69,6 +74,8 @@ def run_cell(
         model: what to compress, as for `compress`.
         folder: where the records of the study are kept.
         say: told what happens.
+        dtype: dtype the model is compressed and measured in, as for `compress`. Recorded, but not
+            compared: a cell that was measured in another dtype is not measured again.
     """
     record_path = folder / f"{cell.name}.json"
     settings = {"model": Path(model).name, "cell": asdict(cell), "protocol": asdict(protocol)}
@@ -81,7 +88,7 @@ def run_cell(
     say(f"{cell.name}: {cell.recipe or 'original'} {' '.join(cell.overrides)}")
     record = settings | {"environment": _environment()}
     if cell.recipe is None:
-        loaded = load_model(model)
+        loaded = load_model(model, dtype=dtype)
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
         packed = folder / f"{cell.name}.model"
@@ -93,12 +100,14 @@ def run_cell(
                 out=packed,
                 nsamples=protocol.nsamples,
                 seqlen=protocol.seqlen,
+                dtype=dtype,
                 overrides=cell.overrides,
             )
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
-        network, tokenizer = load(packed, keep_dense=True), load_tokenizer(packed)
+        network, tokenizer = load(packed, dtype=dtype, keep_dense=True), load_tokenizer(packed)
+    record["dtype"] = str(network.dtype).removeprefix("torch.")
     for name in ("wikitext2", "c4"):
         begun = time.monotonic()
         record[name] = _measure(name, network, tokenizer, protocol)

@@ -18,6 +18,7 @@ def run_study(
     out: Path,
     only: list[str],
     say: Callable[[str], None] = print,
+    dtype: str = "auto",
 ) -> str:
     """Measure the cells of a study and return its table.
 
@@ -25,6 +26,7 @@ def run_study(
         name: name of the study; records go to `out/name`.
         model: what to compress, as for `compress`.
         only: cell names; empty = all. The table then shows these alone, and is not written.
+        dtype: dtype the model is compressed and measured in, as for `compress`.
 
     Raises:
         RecipeError: an unknown cell, or no model.
@@ -37,7 +39,7 @@ def run_study(
         raise RecipeError("a study needs a model; add --model with a hub id, folder or .gguf file")
     folder = out / name
     records = [
-        run_cell(cell, model, study.protocol, folder, say)
+        run_cell(cell, model, study.protocol, folder, say, dtype)
         for cell in study.cells
         if not only or cell.name in only
     ]

@@ -23,11 +23,30 @@ class Study:
     cells: list[Cell]
 
 
+_METHODS = (
+    "rtn-3", "gptq-3", "rtn-2", "gptq-2", "awq-2",
+    "magnitude-4-8", "wanda-4-8", "sparsegpt-4-8", "dsnot-wanda-4-8", "dsnot-sparsegpt-4-8",
+    "alps-4-8",
+    "xnor", "pb-llm", "billm", "billm-6-8", "billm-5-8", "billm-4-8",
+    "arb", "arb-x", "arb-rc", "arb-rc-cgb",
+    "stbllm-6-8", "stbllm-5-8", "stbllm-4-8",
+    "pbs2p-6-8", "pbs2p-5-8", "pbs2p-4-8",
+    "pbs2p-plus-6-8", "pbs2p-plus-5-8", "pbs2p-plus-4-8",
+)  # fmt: skip
+
 STUDIES: dict[str, Study] = {
     "pbs2p": Study(
         "PBS2P at three N:M (paper, Table 1), 32 x 2048 calibration tokens",
         Protocol(),
         [Cell("original", None), *(Cell(f"pbs2p-{n}-8", f"pbs2p-{n}-8") for n in (6, 5, 4))],
+    ),
+    "methods": Study(
+        "Every method (papers' comparison), 32 x 2048 calibration tokens",
+        Protocol(),
+        [
+            Cell("original", None),
+            *(Cell(name, name) for name in _METHODS),
+        ],
     ),
     "pbs2p-parts": Study(
         "What each part of PBS2P is worth at 6:8 (paper, Table 4), 8 x 2048 calibration tokens",
