@@ -16,7 +16,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 install: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml src/subbit/packed/kernels/b3.cpp
+$(STAMP): requirements.txt pyproject.toml src/subbit/packed/kernels/b3.cpp src/subbit/binarize/descent.cpp
 	@set -e; \
 	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
 	for python in $(PYTHON) python3.11 python3.12 python3.13 python3 none; do \
@@ -63,5 +63,5 @@ lint: install
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis
-	rm -f src/subbit/packed/kernels/_b3*.so
+	rm -f src/subbit/packed/kernels/_b3*.so src/subbit/binarize/_descent*.so
 	find src tests benchmarks \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +

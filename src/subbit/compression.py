@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import subbit
+from subbit.binarize import descent
 from subbit.errors import RecipeError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.save import save_packed
@@ -240,6 +241,7 @@ def _identity(
         "dtype": str(loaded.model.dtype),
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "descent": "compiled" if descent.is_compiled() else "torch",
         "versions": {
             "subbit": subbit.__version__,
             "format": FORMAT_VERSION,

@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
+from subbit.binarize import descent
 from subbit.binarize.refine import Coding, objective, refine, solve_levels, sweep
+from subbit.errors import RecipeError
 
 
 def problem(salient: bool, free: bool, seed=0, rows=6, cols=20, n=5, m=8):
@@ -93,3 +95,53 @@ def test_the_best_exchange_of_a_group_is_found():
     )
     done = sweep(W, torch.eye(4), coding, 4, remask=True)
     assert done.codes.tolist() == [[0, 2, 2, 1]]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either_sweep(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setenv("SUBBIT_DESCENT", "off")
+    elif not descent.is_compiled():
+        pytest.skip("the compiled sweep was not built")
+
+
+@pytest.mark.parametrize(("salient", "free"), CASES)
+@pytest.mark.parametrize("remask", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 8), (8, 24), (13, 20), (37, 128)])
+def test_the_compiled_sweep_is_the_torch_sweep(salient, free, remask, rows, cols, monkeypatch):
+    if not descent.is_compiled():
+        pytest.skip("the compiled sweep was not built")
+    for seed in range(3):
+        W, S, coding = problem(salient and cols > 9, free, seed, rows, cols)
+        compiled = sweep(W, S, coding, 8, remask)
+        monkeypatch.setenv("SUBBIT_DESCENT", "off")
+        ours = sweep(W, S, coding, 8, remask)
+        monkeypatch.undo()
+        assert (compiled.codes == ours.codes).float().mean() > 0.99
+        assert torch.allclose(objective(W, S, compiled), objective(W, S, ours), rtol=1e-2)
+
+
+def test_what_the_compiled_sweep_cannot_take_is_left_to_torch(either_sweep):
+    W, S, coding = problem(False, True, rows=3, cols=300)
+    before, after = objective(W, S, coding), objective(W, S, sweep(W, S, coding, 8, True))
+    assert (after < before).all()
+
+
+def test_threads_do_not_change_the_compiled_sweep():
+    W, S, coding = problem(False, True, rows=100, cols=64)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(sweep(W, S, coding, 8, True).codes)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_an_unknown_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("SUBBIT_DESCENT", "of")
+    W, S, coding = problem(False, True)
+    with pytest.raises(RecipeError, match="SUBBIT_DESCENT is 'of'; use on or off"):
+        sweep(W, S, coding, 8, True)

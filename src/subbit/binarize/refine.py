@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from subbit.binarize import descent
 from subbit.codes import LEVEL_KINDS
 
 __all__ = ["Coding", "objective", "refine", "solve_levels", "sweep"]
@@ -115,6 +116,10 @@ def sweep(W: Tensor, S: Tensor, coding: Coding, m: int, remask: bool) -> Coding:
     RS = S @ (W.T - q)  # S is symmetric
     sizes = [1 + groups * LEVEL_KINDS[kind].levels_per_group for kind, groups in coding.tables]
     tables = [_Table(part[1:]) for part in levels.split(sizes)]
+    if descent.available(codes, m, [size - 1 for size in sizes]):
+        sorted_levels = [(table.values, table.order) for table in tables]
+        codes = descent.sweep_columns(codes, q, RS, S, sorted_levels, coding.salient, m, remask)
+        return replace(coding, codes=codes.T.contiguous())
     table_of = [tables[int(flag)] for flag in coding.salient.tolist()]
     for start in range(0, len(codes), m):
         stop = min(start + m, len(codes))

@@ -1,0 +1,110 @@
+"""The compiled descent sweep (descent.cpp), reached through ctypes; `refine.sweep` without it.
+
+Built with the package where there is a C++ compiler. `SUBBIT_DESCENT=off` does without it.
+"""
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from subbit.errors import RecipeError
+
+__all__ = ["available", "is_compiled", "sweep_columns"]
+
+_VERSION = 1
+_MAX_COLUMNS, _MAX_GROUP, _MAX_LEVELS, _MAX_TABLES = 256, 16, 16, 2  # as in descent.cpp
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("_descent*.so")):
+        try:
+            found = ctypes.CDLL(str(path))
+            version = found.subbit_descent_version()
+        except (OSError, AttributeError):
+            continue
+        if version == _VERSION:
+            pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+            found.subbit_descent_sweep.argtypes = [size] * 3 + [pointer] * 6
+            found.subbit_descent_sweep.argtypes += [number, pointer, pointer, number, number]
+            return found
+    return None
+
+
+def is_compiled() -> bool:
+    """Whether the compiled sweep is there and `SUBBIT_DESCENT` does not turn it off."""
+    switch = os.environ.get("SUBBIT_DESCENT", "on")
+    if switch not in ("on", "off"):
+        raise RecipeError(f"SUBBIT_DESCENT is '{switch}'; use on or off")
+    return switch == "on" and _library() is not None
+
+
+def available(codes: Tensor, m: int, counts: list[int]) -> bool:
+    """Whether the compiled sweep takes `codes` `(b, rows)` and tables of `counts` levels."""
+    columns, rows = codes.shape
+    return (
+        codes.device.type == "cpu"
+        and rows > 0
+        and 0 < columns <= _MAX_COLUMNS
+        and 0 < m <= _MAX_GROUP
+        and len(counts) <= _MAX_TABLES
+        and all(0 < count <= _MAX_LEVELS for count in counts)
+        and is_compiled()
+    )
+
+
+def sweep_columns(
+    codes: Tensor,
+    q: Tensor,
+    RS: Tensor,
+    S: Tensor,
+    tables: list[tuple[Tensor, Tensor]],
+    table_of: Tensor,
+    m: int,
+    remask: bool,
+) -> Tensor:
+    """One pass of coordinate descent over the columns; the new codes.
+
+    The torch form beside it in `refine.py` sums in another order: where two levels are equally near
+    the two may choose differently.
+
+    Args:
+        codes: int64 `(b, rows)`, 0 = pruned.
+        q: float32 `(b, rows)`, what they mean; RS: float32 `(b, rows)`, `S (w - q)`.
+        S: float32 `(b, b)`.
+        tables: for every table its levels ascending, float32 `(L, rows)`, and the level index of
+            each, int64 `(L, rows)`.
+        table_of: bool or integer `(b,)`: the table of every column.
+        m: columns a group.
+        remask: exchange kept and pruned weights.
+    """
+    b, rows = codes.shape
+    new = codes.to(torch.uint8).contiguous()
+    values = torch.cat([levels for levels, _ in tables]).float().contiguous()
+    order = (torch.cat([index for _, index in tables]) + 1).to(torch.uint8).contiguous()
+    counts = torch.tensor([len(levels) for levels, _ in tables], dtype=torch.int32)
+    columns = table_of.to(torch.uint8).contiguous()
+    S, q, RS = S.float().contiguous(), q.contiguous(), RS.contiguous()
+    failed = _library().subbit_descent_sweep(
+        rows,
+        b,
+        m,
+        S.data_ptr(),
+        new.data_ptr(),
+        q.data_ptr(),
+        RS.data_ptr(),
+        values.data_ptr(),
+        order.data_ptr(),
+        len(tables),
+        counts.data_ptr(),
+        columns.data_ptr(),
+        int(remask),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"the descent over a block of {rows} x {b} weights found no memory")
+    return new.long()
