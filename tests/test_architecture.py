@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "run": {"errors"},
     "evaluate": {"hub", "text", "model", "errors"},
 }
+ROOMS["calibration"] = {"linalg", "model", "recipe", "errors"}
 ROOMS["compression"] = set(ROOMS) - {"evaluate"}
 ROOMS["study"] = set(ROOMS)
 EVERYTHING = {"__init__", "cli", "demo"}  # these may import any room, but only inside functions

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import subbit
 from subbit.binarize import descent
+from subbit.calibration import Calibrator, Statistics
 from subbit.errors import RecipeError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.save import save_packed
@@ -28,7 +29,6 @@ from subbit.model import (
     Blocks,
     LoadedModel,
     block_similarities,
-    capture_inputs,
     check_coverage,
     check_finite,
     find_blocks,
@@ -39,7 +39,6 @@ from subbit.model import (
     load_model,
     record_calls,
     replace_module,
-    run_block,
     weight_of,
 )
 from subbit.packed.layout import FORMAT_VERSION
@@ -278,6 +277,7 @@ class _Job:
             for i, block in enumerate(blocks.modules)
         ]
         self.seconds: dict[str, float] = {}
+        self.passes = 1
 
     @property
     def coarse(self) -> bool:
@@ -287,9 +287,9 @@ class _Job:
     @property
     def steps(self) -> int:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
-        passes = 3 if self.coarse else 2
         linears = sum(map(len, self.linears))
-        return len(self.blocks.modules) * len(self.tokens) * passes + linears * self._linear_steps
+        windows = len(self.blocks.modules) * len(self.tokens)
+        return windows * (self.passes + 1 + self.coarse) + linears * self._linear_steps
 
     @property
     def _linear_steps(self) -> int:
@@ -300,6 +300,9 @@ class _Job:
         started = time.monotonic()
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
+        calibrator = Calibrator(self.recipe, self.blocks, calls, hidden, self.device)
+        self.passes = calibrator.passes(self.linears[0])
+        bar.resize(self.steps)
         kept = self._coarse_stage(calls, hidden, bar)
         log = self._open_log()
         count = len(self.blocks.modules)
@@ -307,16 +310,15 @@ class _Job:
         for i, block in enumerate(self.blocks.modules):
             bar.update(block=i + 1, nblocks=count)
             if self.workdir is not None and i < self.workdir.committed:
+                calibrator.propagate_original(i)
                 self._restore(i)
-                bar.skip(len(self.tokens) + len(self.linears[i]) * self._linear_steps)
+                bar.skip(len(self.tokens) * self.passes + len(self.linears[i]) * self._linear_steps)
             else:
                 nm = None if kept is None else (kept[i], self.recipe.nm[1])
-                self._compress_block(i, hidden, calls[i], nm, bar, log)
+                self._compress_block(i, calibrator, nm, bar, log)
             if i + 1 < count:  # nobody looks at what the last block puts out
                 with self._stage("propagate"), _dense_cache(block):
-                    run_block(
-                        block, hidden, calls[i], out=hidden, device=self.device, advance=bar.advance
-                    )
+                    calibrator.propagate(i, bar.advance)
         if log is not None:
             log.close()
         self._finish(kept, time.monotonic() - started)
@@ -368,54 +370,56 @@ class _Job:
     def _compress_block(
         self,
         i: int,
-        hidden: Tensor,
-        call: Any,
+        calibrator: Calibrator,
         nm: tuple[int, int] | None,
         bar: Progress,
         log: LinearLog | None,
     ) -> None:
         """Capture what the block's linears see, compress them in place, commit the block."""
         block, linears = self.blocks.modules[i], self.linears[i]
-        with self._stage("capture"):
-            stats = capture_inputs(
-                block,
-                hidden,
-                call,
-                linears,
-                lambda features: GramAccumulator(features, self.device),
-                device=self.device,
-                advance=bar.advance,
-            )
         lines = []
-        for name, linear in linears.items():
-            full = f"{self.blocks.name(i)}.{name}"
-            bar.update(linear=name)
-            with self._stage("compress"):
-                begun = time.monotonic()
-                gram = stats[name]
-                packed, record = self._compress_linear(full, linear, gram, nm)
-                seconds = time.monotonic() - begun
-            replace_module(block, name, packed)
-            bar.update(loss=record["loss"])
-            bar.advance(self._linear_steps)
-            timing = {"seconds": round(seconds, 4), "peak_rss_bytes": peak_rss_bytes()}
-            lines.append({"block": i, "name": full, **record, **timing})
-            if log is not None:
-                log.write(lines[-1])
-            self.result.records[full] = record
+        rounds = calibrator.rounds(i, linears, bar.advance)
+        while (stats := self._next_round(rounds)) is not None:
+            for name in (name for name in linears if name in stats):
+                full = f"{self.blocks.name(i)}.{name}"
+                bar.update(linear=name)
+                with self._stage("compress"):
+                    begun = time.monotonic()
+                    W = weight_of(linears[name]).to(self.device, torch.float32)
+                    W = calibrator.target(W, stats[name])
+                    packed, record = self._compress_linear(full, linears[name], W, stats[name], nm)
+                    seconds = time.monotonic() - begun
+                replace_module(block, name, packed)
+                packed.keep_dense = True  # the next round of a sequential calibration runs it
+                bar.update(loss=record["loss"])
+                bar.advance(self._linear_steps)
+                timing = {"seconds": round(seconds, 4), "peak_rss_bytes": peak_rss_bytes()}
+                lines.append({"block": i, "name": full, **record, **timing})
+                if log is not None:
+                    log.write(lines[-1])
+                self.result.records[full] = record
+        for name in linears:
+            block.get_submodule(name).drop_dense()
         self.result.log += lines
         if self.workdir is not None:
             with self._stage("commit"):
                 self.workdir.commit(i, *_commit_of(block, linears, lines))
 
+    def _next_round(self, rounds: Iterator[Statistics]) -> Statistics | None:
+        with self._stage("capture"):
+            return next(rounds, None)
+
     def _compress_linear(
-        self, name: str, linear: nn.Module, gram: GramAccumulator, nm: tuple[int, int] | None
+        self,
+        name: str,
+        linear: nn.Module,
+        W: Tensor,
+        gram: GramAccumulator,
+        nm: tuple[int, int] | None,
     ) -> tuple[PackedLinear, dict[str, Any]]:
-        weight = weight_of(linear)
-        W = weight.to(self.device, torch.float32)
         result = self.method.compress(W, LinearStats(gram.H, gram.tokens, name, gram.mean), nm)
         packed = PackedLinear.from_compressed(result, linear.bias, self.model.dtype)
-        packed.to(weight.device)
+        packed.to(weight_of(linear).device)
         bits = packed.bits()
         record = {
             "shape": list(result.shape),
@@ -506,4 +510,4 @@ def _dense_cache(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in packed:
-            module.keep_dense = False
+            module.drop_dense()

@@ -98,6 +98,9 @@ class CalibrationSpec(_Spec):
         bos: where the BOS token goes: nowhere, before every document, before every window.
         sample: the first windows of the text, or windows at random places drawn with `seed`.
         seed: seed of that draw (and of the text that `self` samples).
+        sequential: let every linear see what the already compressed linears before it in its block
+            give, at the price of one more run of the block for each distinct input; otherwise a
+            block's linears all see the block as it was.
     """
 
     source: str = "c4"
@@ -106,6 +109,25 @@ class CalibrationSpec(_Spec):
     bos: Literal["none", "document", "window"] = "none"
     sample: Literal["first", "random"] = "first"
     seed: int = Field(0, ge=0)
+    sequential: bool = False
+
+
+class AsymmetrySpec(_Spec):
+    """Asymmetric calibration: compress towards the original model's outputs.
+
+    Attributes:
+        strength: how far a linear's target moves from its own weight (0, off) to the least-squares
+            solution for the original model's outputs on the compressed model's inputs (1).
+        linears: for all linears, or for the "writers" alone, whose outputs are added to the hidden
+            states.
+        residual: let a writer also make up for what the hidden states it adds to have lost.
+        percdamp: share of mean(diag H) that damps the shift.
+    """
+
+    strength: float = Field(0.0, ge=0, le=1)
+    linears: Literal["writers", "all"] = "writers"
+    residual: bool = True
+    percdamp: float = Field(0.01, gt=0)
 
 
 class CoarseSpec(_Spec):
@@ -141,6 +163,7 @@ class Recipe(_Spec):
             always are.
         calibration: which text the method sees.
         coarse: how the kept weights are shared among the decoder blocks.
+        asymmetry: whether targets move towards the original model's outputs; off by default.
         options: options of the method; checked by the method itself.
 
     Raises:
@@ -156,6 +179,7 @@ class Recipe(_Spec):
     skip: list[str] = []
     calibration: CalibrationSpec = CalibrationSpec()
     coarse: CoarseSpec = CoarseSpec()
+    asymmetry: AsymmetrySpec = AsymmetrySpec()
     options: dict[str, Any] = {}
 
     def __init__(self, **data: Any) -> None:
@@ -191,7 +215,7 @@ class Recipe(_Spec):
         Args:
             settings: `"key=value"`, the value in YAML; the key may be dotted
                 (`calibration.nsamples`, `options.tau`). A bare key is looked up in the recipe, in
-                `calibration` and in `coarse`; any other bare key is an option of the method.
+                `calibration`, `coarse` and `asymmetry`; any other is an option of the method.
 
         Raises:
             RecipeError: a setting without `=`, an unknown key, or a value that means nothing.
@@ -213,7 +237,7 @@ class Recipe(_Spec):
     def _locate(self, key: str) -> list[str]:
         if "." in key or key in Recipe.model_fields:
             return key.split(".")
-        for part, spec in (("calibration", CalibrationSpec), ("coarse", CoarseSpec)):
+        for part, spec in _PARTS.items():
             if key in spec.model_fields:
                 return [part, key]
         if key not in self.options:
@@ -290,7 +314,15 @@ def _read_yaml(text: str, where: str) -> Any:
 
 
 def _bare_keys() -> list[str]:
-    return [*Recipe.model_fields, *CalibrationSpec.model_fields, *CoarseSpec.model_fields]
+    return [*Recipe.model_fields, *(key for spec in _PARTS.values() for key in spec.model_fields)]
+
+
+# percdamp of the asymmetry is the recipe's own key, so it is looked up there first
+_PARTS: dict[str, type[_Spec]] = {
+    "calibration": CalibrationSpec,
+    "coarse": CoarseSpec,
+    "asymmetry": AsymmetrySpec,
+}
 
 
 def _explain(error: ValidationError, name: object) -> RecipeError:
@@ -300,8 +332,7 @@ def _explain(error: ValidationError, name: object) -> RecipeError:
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        parts = {"calibration": CalibrationSpec, "coarse": CoarseSpec}
-        known = parts[path[0]].model_fields if len(path) > 1 else Recipe.model_fields
+        known = _PARTS[path[0]].model_fields if len(path) > 1 else Recipe.model_fields
         return RecipeError(f"{recipe} has an unknown key '{key}'{nearest(path[-1], known)}")
     if first["type"] == "missing":
         return RecipeError(f"{recipe} lacks the key '{key}'")

@@ -3,15 +3,18 @@
 from subbit.linalg.blockloop import BlockView, compensate, run_blocks
 from subbit.linalg.cholesky import Factor, factorize
 from subbit.linalg.columns import sweep_columns
-from subbit.linalg.gram import GramAccumulator, relative_loss
+from subbit.linalg.gram import GramAccumulator, PairAccumulator, relative_loss
+from subbit.linalg.target import shifted_target
 
 __all__ = [
     "BlockView",
     "Factor",
     "GramAccumulator",
+    "PairAccumulator",
     "compensate",
     "factorize",
     "relative_loss",
     "run_blocks",
+    "shifted_target",
     "sweep_columns",
 ]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["GramAccumulator", "relative_loss"]
+__all__ = ["GramAccumulator", "PairAccumulator", "relative_loss"]
 
 _STRIPE = 256  # columns of H computed at a time; only the lower triangle is
 
@@ -41,6 +41,36 @@ class GramAccumulator:
     def mean(self) -> Tensor:
         """The mean input, float32 `(features,)`; 0 before the first token."""
         return (self._sum / max(self.tokens, 1)).float()
+
+
+class PairAccumulator(GramAccumulator):
+    """Accumulates, beside H, what the original model's inputs and hidden states have to say.
+
+    Attributes:
+        C: `sum x_original^T x`, float32 `(features, features)`.
+        D: `sum gap^T x`, float32 `(outputs, features)`, or None: no gap was ever given.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(features, device)
+        self.C = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.D: Tensor | None = None
+
+    def add_pair(self, x: Tensor, original: Tensor, gap: Tensor | None = None) -> None:
+        """Add inputs, and what stands in their place in the original model.
+
+        Args:
+            x: `(tokens, features)` of any float dtype.
+            original: same shape: the original model's inputs for the same tokens.
+            gap: `(tokens, outputs)`: what the linear's output should make up for, besides.
+        """
+        self.add(x)
+        x = x.to(device=self.C.device, dtype=torch.float32)
+        self.C.addmm_(original.to(x).T, x)
+        if gap is not None:
+            if self.D is None:
+                self.D = x.new_zeros(gap.shape[1], x.shape[1])
+            self.D.addmm_(gap.to(x).T, x)
 
 
 def relative_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:

@@ -9,6 +9,7 @@ from subbit.model.calls import BlockCall
 from subbit.model.capture import block_similarities, capture_inputs, run_block
 from subbit.model.coverage import check_coverage, is_skipped
 from subbit.model.load import LoadedModel, load_model
+from subbit.model.pairs import Look, Wiring, look_at_windows, wiring
 from subbit.model.trace import first_inputs, record_calls
 from subbit.model.weights import check_finite, fingerprint
 
@@ -16,6 +17,8 @@ __all__ = [
     "BlockCall",
     "Blocks",
     "LoadedModel",
+    "Look",
+    "Wiring",
     "block_similarities",
     "capture_inputs",
     "check_coverage",
@@ -26,8 +29,10 @@ __all__ = [
     "first_inputs",
     "is_skipped",
     "load_model",
+    "look_at_windows",
     "record_calls",
     "replace_module",
     "run_block",
     "weight_of",
+    "wiring",
 ]

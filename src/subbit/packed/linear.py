@@ -156,6 +156,10 @@ class PackedLinear(nn.Module):
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 
+    def drop_dense(self) -> None:
+        """Keep no dense weight from now on and free the one that was kept."""
+        self.keep_dense, self._dense = False, None
+
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         if not self.keep_dense:
             self._dense = None

@@ -127,6 +127,12 @@ class Progress:
             self._losses.append(loss)
         self._show()
 
+    def resize(self, total_steps: float) -> None:
+        """Say that the job has `total_steps` after all."""
+        self.total = max(float(total_steps), 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, total=self.total)
+
     def advance(self, steps: float = 1) -> None:
         """Say that `steps` of the job's `total_steps` are done."""
         self.done = min(self.done + steps, self.total)

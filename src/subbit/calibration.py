@@ -1,0 +1,180 @@
+"""What the linears of one block after the other are calibrated on, and what they are to become.
+
+Plainly (`capture_inputs`) all linears of a block see the block as it was, given the outputs of the
+compressed blocks before it. With `calibration.sequential` a linear sees what the compressed linears
+before it in its own block give; with `asymmetry` the original model runs beside, and a linear's
+target moves towards the original's outputs.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from subbit.linalg import GramAccumulator, PairAccumulator, shifted_target
+from subbit.model import BlockCall, Blocks, capture_inputs, look_at_windows, run_block, wiring
+from subbit.model.pairs import Wiring
+from subbit.recipe import Recipe
+
+__all__ = ["Calibrator", "Statistics"]
+
+Advance = Callable[[int], None] | None
+Statistics = dict[str, GramAccumulator]
+
+
+class Calibrator:
+    """The calibration tokens on their way through the model.
+
+    Attributes:
+        hidden: hidden states `(nsamples, seqlen, width)` of the compressed model that enter the
+            block at hand, on the CPU.
+        originals: those of the original model; None where nobody compares.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        blocks: Blocks,
+        calls: list[BlockCall],
+        hidden: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.asymmetry, self.sequential = recipe.asymmetry, recipe.calibration.sequential
+        self.blocks, self.calls, self.device = blocks, calls, device
+        self.hidden = hidden
+        self.originals = hidden.clone() if self.asymmetry.strength else None
+
+    def passes(self, linears: dict[str, nn.Module]) -> int:
+        """How often a block is run on every window to calibrate it, judged by the first."""
+        groups = len(self._wiring(0, linears).groups) if self.sequential else 1
+        return groups + (self.originals is not None)
+
+    def rounds(
+        self, i: int, linears: dict[str, nn.Module], advance: Advance = None
+    ) -> Iterator[Statistics]:
+        """Yield statistics of some linears of block `i`, then of the next, in the order of calls.
+
+        The linears of one round are to be replaced in the block before the next one is asked for.
+        What the original block puts out is taken on the way.
+
+        Args:
+            i: index of the block; its linears are the original ones.
+            linears: those to be compressed, by name.
+            advance: called with 1 after every window and pass.
+        """
+        if not self.sequential and self.originals is None:
+            yield capture_inputs(
+                self.blocks.modules[i],
+                self.hidden,
+                self.calls[i],
+                linears,
+                lambda features: GramAccumulator(features, self.device),
+                device=self.device,
+                advance=advance,
+            )
+            return
+        found = self._wiring(i, linears)
+        pairs = self._pairs(found)
+        originals = self._look_at_originals(i, linears, pairs, found, advance)
+        groups = found.groups
+        for names in groups if self.sequential else [sum(groups, ())]:
+            yield self._look(i, linears, names, found, originals, advance)
+
+    def target(self, W: Tensor, statistics: GramAccumulator) -> Tensor:
+        """What to compress a weight `(rows, cols)` float32 towards."""
+        if not isinstance(statistics, PairAccumulator):
+            return W
+        spec = self.asymmetry
+        return shifted_target(W, statistics, spec.strength, spec.percdamp)
+
+    def propagate(self, i: int, advance: Advance = None) -> None:
+        """Run the compressed block `i` on the compressed model's hidden states."""
+        self._run(i, self.hidden, advance)
+
+    def propagate_original(self, i: int) -> None:
+        """Run block `i`, not compressed yet, on the original model's, where somebody compares."""
+        if self.originals is not None:
+            self._run(i, self.originals, None)
+
+    def _run(self, i: int, hidden: Tensor, advance: Advance) -> None:
+        block, call = self.blocks.modules[i], self.calls[i]
+        run_block(block, hidden, call, out=hidden, device=self.device, advance=advance)
+
+    def _wiring(self, i: int, linears: dict[str, nn.Module]) -> Wiring:
+        first = self.hidden[:1]
+        return wiring(self.blocks.modules[i], first, self.calls[i], linears, self.device)
+
+    def _pairs(self, found: Wiring) -> tuple[str, ...]:
+        """The linears whose targets move; of each input the first linear stands for all."""
+        if self.originals is None:
+            return ()
+        leaders = tuple(group[0] for group in found.groups)
+        return found.writers if self.asymmetry.linears == "writers" else leaders
+
+    def _look_at_originals(
+        self,
+        i: int,
+        linears: dict[str, nn.Module],
+        pairs: tuple[str, ...],
+        found: Wiring,
+        advance: Advance,
+    ) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+        """Inputs, and hidden states that a writer adds to, window by window; runs the block."""
+        kept: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in pairs}
+        if self.originals is None:
+            return kept
+        looks = look_at_windows(
+            self.blocks.modules[i],
+            self.originals,
+            self.calls[i],
+            linears,
+            pairs,
+            found.writers,
+            whole=True,
+            device=self.device,
+            advance=advance,
+        )
+        for n, look in enumerate(looks):
+            for name in pairs:
+                before = look.before.get(name) if self.asymmetry.residual else None
+                before = before if before is None else before.cpu()
+                kept[name].append((look.inputs[name].cpu(), before))
+            self.originals[n] = look.out[0]
+        return kept
+
+    def _look(
+        self,
+        i: int,
+        linears: dict[str, nn.Module],
+        names: tuple[str, ...],
+        found: Wiring,
+        originals: dict[str, list[tuple[Tensor, Tensor | None]]],
+        advance: Advance,
+    ) -> Statistics:
+        """Statistics of some linears on the compressed model's hidden states."""
+        groups = [group for group in found.groups if group[0] in names]
+        leaders = [group[0] for group in groups]
+        statistics: Statistics = {}
+        looks = look_at_windows(
+            self.blocks.modules[i],
+            self.hidden,
+            self.calls[i],
+            linears,
+            leaders,
+            found.writers,
+            device=self.device,
+            advance=advance,
+        )
+        for n, look in enumerate(looks):
+            for name in leaders:
+                x = look.inputs[name]
+                if name not in statistics:
+                    make = PairAccumulator if name in originals else GramAccumulator
+                    statistics[name] = make(x.shape[-1], self.device)
+                if name not in originals:
+                    statistics[name].add(x)
+                    continue
+                original, before = originals[name][n]
+                gap = None if before is None else before.to(x).float() - look.before[name].float()
+                statistics[name].add_pair(x, original, gap)
+        return {name: statistics[group[0]] for group in groups for name in group}

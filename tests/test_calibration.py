@@ -1,0 +1,145 @@
+"""Sequential and asymmetric calibration: what is seen, what the targets become."""
+
+import copy
+
+import pytest
+import torch
+
+from subbit.calibration import Calibrator
+from subbit.linalg import PairAccumulator, shifted_target
+from subbit.model import find_blocks, find_linears, first_inputs, record_calls, wiring
+from subbit.recipe import load_recipe
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+
+NSAMPLES, SEQLEN = 3, 16
+PLAIN_SUMS = ("llama", "gpt2", "opt")  # out = in + attention + mlp
+
+
+def prepared(family, *overrides):
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, VOCAB_SIZE, (NSAMPLES, SEQLEN), generator=generator)
+    blocks = find_blocks(model)
+    calls, hidden = record_calls(model, blocks, windows), first_inputs(model, blocks, windows)
+    recipe = load_recipe("rtn-2").override(list(overrides))
+    calibrator = Calibrator(recipe, blocks, calls, hidden, torch.device("cpu"))
+    return calibrator, find_linears(blocks.modules[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_hold_every_linear_once_and_writers_add_up(family):
+    calibrator, linears = prepared(family)
+    block, call = calibrator.blocks.modules[0], calibrator.calls[0]
+    found = wiring(block, calibrator.hidden[:1], call, linears)
+    assert sorted(sum(found.groups, ())) == sorted(linears)
+    if family in PLAIN_SUMS:
+        assert len(found.writers) == 2
+        assert found.groups[-1] == found.writers[1:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_round_sees_what_capture_sees(family):
+    calibrator, linears = prepared(family)
+    (plain,) = calibrator.rounds(0, linears)
+    asymmetric, same = prepared(family, "asymmetry.strength=0.5", "asymmetry.linears=all")
+    (pairs,) = asymmetric.rounds(0, same)
+    assert pairs.keys() == plain.keys() == linears.keys()
+    for name in linears:
+        assert torch.allclose(pairs[name].H, plain[name].H, rtol=1e-4, atol=1e-4)
+        assert pairs[name].tokens == plain[name].tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_moves_while_both_models_are_the_same(family):
+    calibrator, linears = prepared(
+        family, "asymmetry.strength=1", "asymmetry.linears=all", "calibration.sequential=true"
+    )
+    rounds = list(calibrator.rounds(0, linears))
+    assert len(rounds) > 1
+    for statistics in rounds:
+        for name, pair in statistics.items():
+            W = torch.randn(4, pair.H.shape[0], generator=torch.Generator().manual_seed(1))
+            pair.D = None if pair.D is None else pair.D[:4]
+            assert torch.allclose(calibrator.target(W, pair), W, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_sees_the_linears_that_were_replaced_before_it(family):
+    calibrator, linears = prepared(family, "calibration.sequential=true")
+    untouched, originals = prepared(family, "calibration.sequential=true")
+    seen = {}
+    for statistics in calibrator.rounds(0, linears):
+        for name in statistics:
+            seen[name] = statistics[name].H
+            linears[name].weight.data.mul_(0.5)
+    before = {}
+    for statistics in untouched.rounds(0, originals):
+        before |= {name: statistics[name].H for name in statistics}
+    first = next(iter(seen))
+    assert torch.equal(seen[first], before[first])
+    assert any(not torch.allclose(seen[name], before[name]) for name in seen)
+
+
+@pytest.mark.parametrize("family", PLAIN_SUMS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_full_shift_is_the_least_squares_solution(family, residual):
+    calibrator, linears = prepared(
+        family,
+        "asymmetry.strength=1",
+        "asymmetry.percdamp=1e-9",
+        f"asymmetry.residual={str(residual).lower()}",
+    )
+    calibrator.hidden.add_(0.1 * torch.randn(calibrator.hidden.shape))
+    originals = calibrator.originals.clone()
+    (statistics,) = calibrator.rounds(0, linears)
+    block, call = calibrator.blocks.modules[0], calibrator.calls[0]
+    writer = wiring(block, originals[:1], call, linears).writers[-1]
+    run = {"x": [], "stream": []}
+
+    def keep(module, args, out):
+        run["x"].append(args[0].flatten(0, -2))
+        run["y"] = out.flatten(0, -2)
+
+    linears[writer].register_forward_hook(keep)
+    streams = {}
+    for key, states in (("theirs", originals), ("ours", calibrator.hidden)):
+        run["x"], stream, outs = [], [], []
+        for n in range(NSAMPLES):
+            out = call.run(block, states[n : n + 1].clone())[0]
+            outs.append(run["y"])
+            stream.append(out - run["y"])
+        streams[key] = torch.cat(run["x"]), torch.cat(outs), torch.cat(stream)
+    X, _, ours = streams["ours"]
+    _, Y, theirs = streams["theirs"]
+    bias = linears[writer].bias
+    Y = (Y if bias is None else Y - bias) + (theirs - ours) * residual
+    weight = linears[writer].weight
+    W = weight.T if type(linears[writer]).__name__ == "Conv1D" else weight
+    target = calibrator.target(W.detach().float(), statistics[writer])
+    X, Y = X.double(), Y.double()
+
+    def loss(V):
+        return float((X @ V.double().T - Y).square().sum())
+
+    best = torch.linalg.lstsq(X, Y).solution.T
+    assert loss(target) <= loss(W) * (1 + 1e-6)
+    assert loss(target) <= loss(best) + 0.02 * (loss(W) - loss(best)) + 1e-6
+
+
+def test_targets_of_nothing_are_the_weights():
+    pair = PairAccumulator(4)
+    W = torch.ones(3, 4)
+    assert torch.equal(shifted_target(W, pair, 1.0, 0.01), W)
+    pair.add_pair(torch.zeros(5, 4), torch.ones(5, 4))
+    assert torch.equal(shifted_target(W, pair, 1.0, 0.01), W)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_original_states_follow_the_original_model(family):
+    calibrator, linears = prepared(family, "asymmetry.strength=0.5")
+    block = copy.deepcopy(calibrator.blocks.modules[0])
+    expected = torch.stack(
+        [calibrator.calls[0].run(block, x[None].clone())[0] for x in calibrator.originals]
+    )
+    list(calibrator.rounds(0, linears))
+    assert torch.allclose(calibrator.originals, expected, atol=1e-6)
