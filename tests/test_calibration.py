@@ -143,3 +143,41 @@ def test_original_states_follow_the_original_model(family):
     )
     list(calibrator.rounds(0, linears))
     assert torch.allclose(calibrator.originals, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_relative_tokens_weigh_the_writers_alone(family):
+    plain, linears = prepared(family)
+    (equal,) = plain.rounds(0, linears)
+    calibrator, linears = prepared(family, "calibration.tokens=relative")
+    (relative,) = calibrator.rounds(0, linears)
+    block, call = calibrator.blocks.modules[0], calibrator.calls[0]
+    writers = wiring(block, calibrator.hidden[:1], call, linears).writers
+    for name in linears:
+        same = torch.allclose(relative[name].H, equal[name].H, rtol=1e-4, atol=1e-4)
+        assert same != (name in writers), name
+    name, x = writers[0], []
+    linears[name].register_forward_pre_hook(lambda module, args: x.append(args[0].flatten(0, -2)))
+    for states in calibrator.hidden:
+        call.run(block, states[None].clone())
+    square = calibrator.hidden.square().mean(-1)
+    square = torch.maximum(square, 0.1 * square.median(-1, keepdim=True).values)
+    X = torch.cat(x)
+    weighted = X / square.flatten()[:, None]
+    assert torch.allclose(relative[name].H, weighted.T @ X, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_token_counts_what_it_is_told_to():
+    plain, linears = prepared("llama")
+    (equal,) = plain.rounds(0, linears)
+    calibrator, linears = prepared("llama", "calibration.first_token=5")
+    inputs = {name: [] for name in linears}
+    for name in linears:
+        linears[name].register_forward_pre_hook(
+            lambda module, args, name=name: inputs[name].append(args[0][0, 0].clone())
+        )
+    (heavy,) = calibrator.rounds(0, linears)
+    for name in linears:
+        first = torch.stack(inputs[name][-NSAMPLES:]) if inputs[name] else None
+        expected = equal[name].H + 4 * first.T @ first
+        assert torch.allclose(heavy[name].H, expected, rtol=1e-3, atol=1e-4), name

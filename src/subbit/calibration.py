@@ -3,7 +3,8 @@
 Plainly (`capture_inputs`) all linears of a block see the block as it was, given the outputs of the
 compressed blocks before it. With `calibration.sequential` a linear sees what the compressed linears
 before it in its own block give; with `asymmetry` the original model runs beside, and a linear's
-target moves towards the original's outputs.
+target moves towards the original's outputs; with `calibration.tokens` and `first_token` some tokens
+count more than others.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ class Calibrator:
         device: torch.device,
     ) -> None:
         self.asymmetry, self.sequential = recipe.asymmetry, recipe.calibration.sequential
+        self.relative = recipe.calibration.tokens == "relative"
+        self.first_token = recipe.calibration.first_token
         self.blocks, self.calls, self.device = blocks, calls, device
         self.hidden = hidden
         self.originals = hidden.clone() if self.asymmetry.strength else None
@@ -62,7 +65,8 @@ class Calibrator:
             linears: those to be compressed, by name.
             advance: called with 1 after every window and pass.
         """
-        if not self.sequential and self.originals is None:
+        weighted = self.relative or self.first_token != 1
+        if not (self.sequential or weighted) and self.originals is None:
             yield capture_inputs(
                 self.blocks.modules[i],
                 self.hidden,
@@ -171,10 +175,29 @@ class Calibrator:
                 if name not in statistics:
                     make = PairAccumulator if name in originals else GramAccumulator
                     statistics[name] = make(x.shape[-1], self.device)
+                stream = look.before.get(name)
+                weight = self._weight(x, stream)
                 if name not in originals:
-                    statistics[name].add(x)
+                    statistics[name].add(x, weight)
                     continue
                 original, before = originals[name][n]
-                gap = None if before is None else before.to(x).float() - look.before[name].float()
-                statistics[name].add_pair(x, original, gap)
+                gap = None if before is None else before.to(x).float() - stream.float()
+                statistics[name].add_pair(x, original, gap, weight)
         return {name: statistics[group[0]] for group in groups for name in group}
+
+    def _weight(self, x: Tensor, stream: Tensor | None) -> Tensor | None:
+        """What each token of a window counts, float32 `(tokens,)`; None = all the same."""
+        if self.first_token == 1 and (stream is None or not self.relative):
+            return None
+        weight = torch.ones(len(x), device=x.device)
+        if self.relative and stream is not None:
+            weight = _relative(stream)
+        weight[0] *= self.first_token
+        return weight
+
+
+def _relative(hidden: Tensor) -> Tensor:
+    """1 / mean square of every token's hidden states `(tokens, width)`, float32 `(tokens,)`."""
+    square = hidden.float().square().mean(-1)
+    least = 0.1 * square.median() + torch.finfo(torch.float32).tiny  # a token of zeros counts too
+    return 1 / torch.maximum(square, least)

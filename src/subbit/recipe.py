@@ -101,6 +101,11 @@ class CalibrationSpec(_Spec):
         sequential: let every linear see what the already compressed linears before it in its block
             give, at the price of one more run of the block for each distinct input; otherwise a
             block's linears all see the block as it was.
+        tokens: "equal": every token counts the same, as in all papers; "relative": for a linear
+            whose output is added to the hidden states, a token counts by 1 / their mean square,
+            since the normalisation that follows divides by it.
+        first_token: what the first token of every window counts, in tokens. Attention of most
+            models rests on it, so an error in its keys and values reaches all others.
     """
 
     source: str = "c4"
@@ -110,6 +115,8 @@ class CalibrationSpec(_Spec):
     sample: Literal["first", "random"] = "first"
     seed: int = Field(0, ge=0)
     sequential: bool = False
+    tokens: Literal["equal", "relative"] = "equal"
+    first_token: float = Field(1.0, ge=0)
 
 
 class AsymmetrySpec(_Spec):

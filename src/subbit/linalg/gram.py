@@ -22,11 +22,12 @@ class GramAccumulator:
         self._sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs `(..., features)` of any float dtype."""
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Add inputs `(..., features)` of any float dtype; `weight` `(tokens,)`: of each in H."""
         x = x.reshape(-1, x.shape[-1]).to(device=self._lower.device, dtype=torch.float32)
+        weighted = _weighted(x, weight)
         for start in range(0, x.shape[1], _STRIPE):
-            stripe = x[:, start : start + _STRIPE]
+            stripe = weighted[:, start : start + _STRIPE]
             self._lower[start:, start : start + _STRIPE].addmm_(x[:, start:].T, stripe)
         self._sum += x.sum(0, dtype=torch.float64)
         self.tokens += x.shape[0]
@@ -56,21 +57,32 @@ class PairAccumulator(GramAccumulator):
         self.C = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.D: Tensor | None = None
 
-    def add_pair(self, x: Tensor, original: Tensor, gap: Tensor | None = None) -> None:
+    def add_pair(
+        self,
+        x: Tensor,
+        original: Tensor,
+        gap: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
         """Add inputs, and what stands in their place in the original model.
 
         Args:
             x: `(tokens, features)` of any float dtype.
             original: same shape: the original model's inputs for the same tokens.
             gap: `(tokens, outputs)`: what the linear's output should make up for, besides.
+            weight: `(tokens,)`: what each token counts.
         """
-        self.add(x)
-        x = x.to(device=self.C.device, dtype=torch.float32)
+        self.add(x, weight)
+        x = _weighted(x.to(device=self.C.device, dtype=torch.float32), weight)
         self.C.addmm_(original.to(x).T, x)
         if gap is not None:
             if self.D is None:
                 self.D = x.new_zeros(gap.shape[1], x.shape[1])
             self.D.addmm_(gap.to(x).T, x)
+
+
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight.to(x)[:, None]
 
 
 def relative_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
