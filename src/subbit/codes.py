@@ -43,6 +43,10 @@ def _symmetric_residual(params: Tensor, groups: int) -> Tensor:
     return _residual(torch.nn.functional.pad(params, (0, groups)), groups)
 
 
+def _ternary(params: Tensor, groups: int) -> Tensor:
+    return torch.stack((-params, torch.zeros_like(params), params), -1).flatten(-2)
+
+
 def _free(params: Tensor, groups: int) -> Tensor:
     return params
 
@@ -90,6 +94,8 @@ LEVEL_KINDS: dict[str, LevelKind] = {
     "residual": LevelKind(3, 4, (2, 2), _residual),
     # -+ alpha1_g -+ alpha2_g; parameters (alpha1_1.., alpha2_1..); index as in "residual"
     "symmetric_residual": LevelKind(2, 4, (2, 2), _symmetric_residual),
+    # -alpha_g, 0, alpha_g; parameters (alpha_1..alpha_G); index = trit + 3 * group
+    "ternary": LevelKind(1, 3, (3,), _ternary),
     # any values; `groups` = number of levels; index = level
     "free": LevelKind(1, 1, (), _free),
     # (i - zero) * scale for i = 0..groups-1; parameters (scale, zero), zero one of the i;

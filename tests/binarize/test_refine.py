@@ -121,6 +121,20 @@ def test_the_compiled_sweep_is_the_torch_sweep(salient, free, remask, rows, cols
         assert torch.allclose(objective(W, S, compiled), objective(W, S, ours), rtol=1e-2)
 
 
+@pytest.mark.parametrize(("salient", "free"), CASES)
+def test_the_compiled_level_solve_is_the_torch_one(salient, free, monkeypatch):
+    if not descent.is_compiled():
+        pytest.skip("the compiled steps were not built")
+    for rows, cols in ((1, 12), (37, 128)):
+        W, S, coding = problem(salient, free, 0, rows, cols)
+        compiled = solve_levels(W, S, coding, 1e-3)
+        monkeypatch.setenv("SUBBIT_DESCENT", "off")
+        ours = solve_levels(W, S, coding, 1e-3)
+        monkeypatch.undo()
+        torch.testing.assert_close(compiled.params, ours.params, rtol=2e-3, atol=2e-3)
+        assert not torch.allclose(coding.params, ours.params, rtol=2e-3, atol=2e-3)
+
+
 def test_what_the_compiled_sweep_cannot_take_is_left_to_torch(either_sweep):
     W, S, coding = problem(False, True, rows=3, cols=300)
     before, after = objective(W, S, coding), objective(W, S, sweep(W, S, coding, 8, True))

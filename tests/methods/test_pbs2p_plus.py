@@ -7,6 +7,7 @@ import torch
 from problems import PROBLEMS, problem
 
 from subbit.methods import Settings, make_method
+from subbit.packed.pack import pack, unpack
 
 SETTINGS = Settings(blocksize=64)
 OFF = {
@@ -73,3 +74,51 @@ def test_more_passes_never_hurt():
     for before, after in itertools.pairwise(losses):
         assert after <= before * 1.002  # float16 levels and damping
     assert losses[-1] < losses[0]
+
+
+LEAN = [("binary", 6), ("free", 2), ("ternary", 6), ("free", 3), ("free", 4), ("free", 8)]
+
+
+@pytest.mark.parametrize("nm", [None, (5, 8)])
+def test_richer_codebooks_lose_less(nm):
+    losses = {}
+    for codebook, count in LEAN:
+        result = run(nm=nm, codebook=codebook, free_levels=count)
+        losses[codebook, count] = result.record["loss"]
+        assert result.nm == nm
+        if nm is None:
+            assert int(result.codes.min()) == 1
+        else:
+            groups = (result.codes > 0).view(len(result.codes), -1, 8)
+            assert (groups.sum(-1) == 5).all()
+    for poorer, richer in (
+        (("binary", 6), ("free", 2)),
+        (("binary", 6), ("ternary", 6)),
+        (("ternary", 6), ("free", 3)),
+        (("free", 3), ("free", 4)),
+        (("free", 4), ("free", 8)),
+    ):
+        assert losses[richer] < losses[poorer] * 1.02, (poorer, richer, losses)
+
+
+@pytest.mark.parametrize(
+    ("codebook", "nm", "bits"),
+    [
+        ("binary", None, 1 + 16 / 64),
+        ("binary", (5, 8), 11 / 8 + 16 / 64),
+        ("ternary", None, 8 / 5 + 16 / 64),
+    ],
+)
+def test_stored_bits_of_lean_codebooks(codebook, nm, bits):
+    layout, tensors = pack(run(nm=nm, codebook=codebook))
+    stored = 8 * sum(t.numel() * t.element_size() for t in tensors.values())
+    assert stored / (layout.rows * layout.cols) == pytest.approx(
+        bits, rel=0.06
+    )  # the last block is short
+    assert torch.equal(unpack(layout, tensors).codes, run(nm=nm, codebook=codebook).codes)
+
+
+def test_ternary_levels_are_symmetric_about_zero():
+    values = run(nm=None, codebook="ternary").levels.values()
+    assert torch.equal(values, -values.flip(-1))
+    assert (values[..., 2] > 0).all()

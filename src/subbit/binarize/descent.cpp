@@ -1,6 +1,7 @@
-// One sweep of coordinate descent over the columns of a block (refine.py:sweep says what it does and
-// is the same in torch). Rows do not know of each other: a tile of them is worked on at a time, one
-// row a lane, so that every loop over lanes becomes vector code and the tile stays in the L1 cache.
+// The two steps of the refinement of a block that take the time (refine.py says what they do and has
+// them in torch): one sweep of coordinate descent over the columns, and the normal equations of the
+// levels. Rows do not know of each other. In the sweep a tile of them is worked on at a time, one row
+// a lane, so that every loop over lanes becomes vector code and the tile stays in the L1 cache.
 //
 // Nothing here may depend on the instruction set or the number of threads: no contraction to
 // multiply-add (see the flags in pyproject.toml), the same order of operations for every row.
@@ -14,12 +15,12 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
-// How well `sweep` suits this machine: the version of its arguments, or 0 = it must not be called.
+// The version of the arguments of what follows, or 0 = nothing here may be called on this machine.
 EXPORT int subbit_descent_version() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") ? 1 : 0;
+    return __builtin_cpu_supports("avx2") ? 2 : 0;
 #else
-    return 1;
+    return 2;
 #endif
 }
 
@@ -189,6 +190,27 @@ void store(const Tile& x, const Arrays& a, int64_t row) {
             a.codes[c * a.rows + row + l] = uint8_t(x.code[c][l]);
 }
 
+constexpr int kEntries = kTables * (kLevels + 1);  // and that of the pruned weights, one a table
+constexpr uint8_t kPruned = 255;
+
+void level_gram(int64_t b, int entries, const float* S, const uint8_t* entry, const float* rs,
+                float* A, float* c) {
+    alignas(64) float sums[kEntries][kColumns];  // of the rows of S, by entry
+    for (int t = 0; t < entries; t++) memset(sums[t], 0, sizeof(float) * b);
+    memset(A, 0, sizeof(float) * entries * entries);
+    memset(c, 0, sizeof(float) * entries);
+    for (int64_t i = 0; i < b; i++) {
+        if (entry[i] >= entries) continue;
+        float* sum = sums[entry[i]];
+        for (int64_t k = 0; k < b; k++) sum[k] += S[i * b + k];
+    }
+    for (int64_t k = 0; k < b; k++) {
+        if (entry[k] >= entries) continue;
+        c[entry[k]] += rs[k];
+        for (int t = 0; t < entries; t++) A[t * entries + entry[k]] += sums[t][k];
+    }
+}
+
 }  // namespace
 
 // Returns 0, or 1 = sizes beyond the limits above, 2 = no memory. `codes` alone is changed.
@@ -217,4 +239,18 @@ EXPORT int subbit_descent_sweep(int64_t rows, int64_t b, int64_t m, const float*
         free(x);
     }
     return failed ? 2 : 0;
+}
+
+// For every row the sums of S over the pairs of columns whose weights have the entries t and u,
+// A (rows, entries, entries), and of rs over the columns of entry t, c (rows, entries).
+// `entry` is (rows, b), kPruned where a weight has none. Returns 0, or 1 = sizes beyond the limits.
+EXPORT int subbit_descent_gram(int64_t rows, int64_t b, int entries, const float* S,
+                               const uint8_t* entry, const float* rs, float* A, float* c,
+                               int threads) {
+    if (rows < 1 || b < 1 || b > kColumns || entries < 1 || entries > kEntries) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        level_gram(b, entries, S, entry + row * b, rs + row * b, A + row * entries * entries,
+                   c + row * entries);
+    return 0;
 }

@@ -1,4 +1,4 @@
-"""The compiled descent sweep (descent.cpp), reached through ctypes; `refine.sweep` without it.
+"""The compiled steps of the refinement (descent.cpp), reached through ctypes; `refine.py` without.
 
 Built with the package where there is a C++ compiler. `SUBBIT_DESCENT=off` does without it.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from subbit.errors import RecipeError
 
-__all__ = ["available", "is_compiled", "sweep_columns"]
+__all__ = ["available", "is_compiled", "level_gram", "sweep_columns"]
 
-_VERSION = 1
+_VERSION = 2
 _MAX_COLUMNS, _MAX_GROUP, _MAX_LEVELS, _MAX_TABLES = 256, 16, 16, 2  # as in descent.cpp
 
 
@@ -31,6 +31,7 @@ def _library() -> ctypes.CDLL | None:
             pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
             found.subbit_descent_sweep.argtypes = [size] * 3 + [pointer] * 6
             found.subbit_descent_sweep.argtypes += [number, pointer, pointer, number, number]
+            found.subbit_descent_gram.argtypes = [size, size, number] + [pointer] * 5 + [number]
             return found
     return None
 
@@ -44,7 +45,7 @@ def is_compiled() -> bool:
 
 
 def available(codes: Tensor, m: int, counts: list[int]) -> bool:
-    """Whether the compiled sweep takes `codes` `(b, rows)` and tables of `counts` levels."""
+    """Whether the compiled steps take `codes` `(b, rows)` and tables of `counts` levels."""
     columns, rows = codes.shape
     return (
         codes.device.type == "cpu"
@@ -108,3 +109,37 @@ def sweep_columns(
     if failed:
         raise MemoryError(f"the descent over a block of {rows} x {b} weights found no memory")
     return new.long()
+
+
+def level_gram(entry: Tensor, RS: Tensor, S: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """The normal equations of the level values of every row.
+
+    Args:
+        entry: uint8 `(rows, b)`: which value each weight has, 255 = none.
+        RS: float32 `(rows, b)`, `(w - q) S`.
+        S: float32 `(b, b)`.
+        entries: number of values of a row.
+
+    Returns:
+        `A[r, t, u]`, the sum of S over pairs of columns of entries t and u, float32 `(rows,
+        entries, entries)`, and `c[r, t]`, that of RS over the columns of entry t.
+    """
+    rows, b = entry.shape
+    entry, RS, S = entry.contiguous(), RS.contiguous(), S.float().contiguous()
+    A, c = RS.new_empty(rows, entries, entries), RS.new_empty(rows, entries)
+    failed = _library().subbit_descent_gram(
+        rows,
+        b,
+        entries,
+        S.data_ptr(),
+        entry.data_ptr(),
+        RS.data_ptr(),
+        A.data_ptr(),
+        c.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(
+            f"{rows} x {b} weights of {entries} levels are beyond descent.cpp's limits"
+        )
+    return A, c

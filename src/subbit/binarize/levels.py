@@ -1,9 +1,9 @@
-"""Free levels: a handful of values a row, wherever they fit best (weighted 1-D k-means)."""
+"""A handful of values a row where they fit best: free ones (weighted 1-D k-means), or one scale."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["fit_levels"]
+__all__ = ["fit_levels", "fit_scale"]
 
 
 def fit_levels(
@@ -32,6 +32,30 @@ def fit_levels(
         pull = torch.zeros_like(levels).scatter_add_(1, nearest, mass * W)
         levels = torch.where(total > 0, pull / total.clamp_min(1e-30), levels)
     return (_nearest(W, levels) + 1) * keep, levels
+
+
+def fit_scale(
+    W: Tensor, keep: Tensor, zero: bool, weight: Tensor, iterations: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Fit one alpha a row: levels -alpha and alpha or, with `zero`, -alpha, 0 and alpha.
+
+    Args:
+        W, keep, weight, iterations: as in `fit_levels`.
+
+    Returns:
+        Codes int64 `(rows, b)`, 0 = pruned, then the levels ascending, and alpha float32
+        `(rows, 1)`.
+    """
+    size, mass = W.abs(), keep * weight
+    alpha = torch.zeros_like(W[:, :1])
+    for _ in range(1 + iterations * zero):
+        counted = mass * (size > alpha / 2) if zero else mass  # nearer to +-alpha than to 0
+        total = counted.sum(1, keepdim=True)
+        pull = (counted * size).sum(1, keepdim=True)
+        alpha = torch.where(total > 0, pull / total.clamp_min(1e-30), alpha)
+    positive = (alpha / 2 if zero else 0) < W
+    codes = 1 + positive.long() + ((-alpha / 2 < W).long() if zero else 0)
+    return codes * keep, alpha
 
 
 def _nearest(W: Tensor, levels: Tensor) -> Tensor:

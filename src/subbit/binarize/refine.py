@@ -40,10 +40,13 @@ class Coding:
             parts.append(torch.cat((values.new_zeros(len(values), 1), values), 1))
         return torch.block_diag(*parts)
 
+    def counts(self) -> list[int]:
+        """Number of levels of each table."""
+        return [groups * LEVEL_KINDS[kind].levels_per_group for kind, groups in self.tables]
+
     def offsets(self) -> Tensor:
         """Where each column's table begins among the T entries, int64 `(b,)`."""
-        kind, groups = self.tables[0]
-        return self.salient.long() * (1 + groups * LEVEL_KINDS[kind].levels_per_group)
+        return self.salient.long() * (1 + self.counts()[0])
 
     def values(self) -> Tensor:
         """What the codes mean, float32 `(rows, b)`."""
@@ -90,17 +93,28 @@ def solve_levels(W: Tensor, S: Tensor, coding: Coding, ridge: float) -> Coding:
     `(V S V^T + ridge * mean diag)^-1 V S (w - q)`: the ridge holds on to the parameters there are,
     so that empty or collinear planes are harmless and the objective cannot rise.
     """
-    basis = coding.basis()
-    V = basis.T[coding.codes + coding.offsets()].mT  # (rows, P, b)
-    VS = V @ S
-    A = VS @ V.mT
-    c = (VS @ (W - coding.values()).unsqueeze(-1)).squeeze(-1)
+    A, c = _normal_equations(W, S, coding)
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     hold = ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(A.dtype).tiny
     A = A + torch.diag_embed(hold.expand_as(diagonal))
     step, info = torch.linalg.solve_ex(A, c)
     sound = (info == 0) & torch.isfinite(step).all(-1)
     return replace(coding, params=coding.params + step.masked_fill(~sound.unsqueeze(-1), 0.0))
+
+
+def _normal_equations(W: Tensor, S: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+    """`V S V^T` `(rows, P, P)` and `V S (w - q)` `(rows, P)` for the planes V of every row."""
+    basis = coding.basis()
+    entries = coding.codes + coding.offsets()  # (rows, b)
+    R = W - coding.values()
+    counts = coding.counts()
+    if descent.available(coding.codes.T, 1, counts):
+        entry = entries.to(torch.uint8).masked_fill(coding.codes == 0, 255)
+        A, c = descent.level_gram(entry, R @ S, S, basis.shape[1])
+        return basis @ A @ basis.T, c @ basis.T
+    V = basis.T[entries].mT  # (rows, P, b)
+    VS = V @ S
+    return VS @ V.mT, (VS @ R.unsqueeze(-1)).squeeze(-1)
 
 
 def sweep(W: Tensor, S: Tensor, coding: Coding, m: int, remask: bool) -> Coding:
@@ -114,9 +128,9 @@ def sweep(W: Tensor, S: Tensor, coding: Coding, m: int, remask: bool) -> Coding:
     codes = coding.codes.T.contiguous()  # (b, rows): a column is contiguous
     q = levels.gather(0, codes + coding.offsets()[:, None])
     RS = S @ (W.T - q)  # S is symmetric
-    sizes = [1 + groups * LEVEL_KINDS[kind].levels_per_group for kind, groups in coding.tables]
-    tables = [_Table(part[1:]) for part in levels.split(sizes)]
-    if descent.available(codes, m, [size - 1 for size in sizes]):
+    counts = coding.counts()
+    tables = [_Table(part[1:]) for part in levels.split([1 + count for count in counts])]
+    if descent.available(codes, m, counts):
         sorted_levels = [(table.values, table.order) for table in tables]
         codes = descent.sweep_columns(codes, q, RS, S, sorted_levels, coding.salient, m, remask)
         return replace(coding, codes=codes.T.contiguous())

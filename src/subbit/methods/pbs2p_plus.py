@@ -6,16 +6,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from subbit.binarize.levels import fit_levels
+from subbit.binarize.levels import fit_levels, fit_scale
 from subbit.binarize.refine import Coding, refine
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, as_stored, assemble
 from subbit.methods.base import LinearStats, damping_record
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
-from subbit.prune import ranks_in_groups
+from subbit.prune import keep_mask
 
 __all__ = ["PBS2PPlus", "PBS2PPlusOptions"]
+
+_KEEP_ALL = (8, 8)
 
 
 class PBS2PPlusOptions(PBS2POptions):
@@ -23,7 +25,9 @@ class PBS2PPlusOptions(PBS2POptions):
 
     Attributes:
         codebook: "groups": what `pbs2p` fits (three magnitude groups and salient columns) is the
-            start; "free": `free_levels` values a row and block, no salient columns.
+            start; the others have no salient columns: "free": `free_levels` values a row and
+            block; "binary": -alpha and alpha; "ternary": -alpha, 0 and alpha, of which the zeros
+            come on top of those of N:M.
         sweeps: joint level solves and descent sweeps in every block.
         remask: let kept and pruned weights of a group change places during the descent.
         passes: sweeps over all blocks of the row afterwards, with the whole H, each block against
@@ -32,7 +36,7 @@ class PBS2PPlusOptions(PBS2POptions):
 
     compensation: Literal["diagonal", "exact"] = "exact"
     objective: Literal["gram", "schur"] = "schur"
-    codebook: Literal["groups", "free"] = "free"
+    codebook: Literal["groups", "free", "binary", "ternary"] = "free"
     free_levels: int = Field(6, ge=1, le=16)
     sweeps: int = Field(6, ge=0)
     remask: bool = True
@@ -42,6 +46,8 @@ class PBS2PPlusOptions(PBS2POptions):
 class PBS2PPlus(PBS2P):
     """PBS2P refined: exact compensation, Schur objective, joint solve, descent, mask re-chosen.
 
+    Without N:M nothing is pruned.
+
     With `codebook=groups`, `sweeps=0`, `passes=0`, `compensation=diagonal`, `objective=gram` it is
     `pbs2p`, bit for bit.
     """
@@ -50,11 +56,15 @@ class PBS2PPlus(PBS2P):
     paper = "PBS2P, with options of this project"
     year = 2026
     summary = "6 free levels, exact compensation, joint solve and descent, mask re-chosen"
+    nm_use = "optional"
     Opt = PBS2PPlusOptions
     options: PBS2PPlusOptions
 
-    def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
+    def _compress(
+        self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
+    ) -> CompressedLinear:
         o, settings = self.options, self.settings
+        stored_nm, nm = nm, nm or _KEEP_ALL
         factor = factorize(stats.H, settings.percdamp)
         scorer = self._scorer(W, factor, stats)
 
@@ -76,16 +86,20 @@ class PBS2PPlus(PBS2P):
         if o.passes:
             W = W.masked_fill(factor.dead, 0.0)
             blocks = self._pass_over_all(W, factor.damped(), fitted, nm)
-        return assemble(blocks, settings.blocksize, nm, damping_record(factor))
+        return assemble(blocks, settings.blocksize, stored_nm, damping_record(factor))
 
     def _start(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
-        if self.options.codebook == "groups":
+        codebook, count = self.options.codebook, self.options.free_levels
+        if codebook == "groups":
             return self._compress_block(block, score, nm)
-        n, m = nm
-        keep = ranks_in_groups(score, m) >= m - n
-        count = self.options.free_levels
-        codes, levels = fit_levels(block.W, keep, count, block.S.diagonal())
-        table = LevelTable("free", count, levels.half().unsqueeze(1))
+        keep, weight = keep_mask(score, nm), block.S.diagonal()
+        if codebook == "free":
+            codes, params = fit_levels(block.W, keep, count, weight)
+            kind = "free"
+        else:
+            codes, params = fit_scale(block.W, keep, codebook == "ternary", weight)
+            kind, count = ("ternary", 1) if codebook == "ternary" else ("symmetric", 1)
+        table = LevelTable(kind, count, params.half().unsqueeze(1))
         return CodedBlock(codes.to(torch.uint8), table)
 
     def _refined(

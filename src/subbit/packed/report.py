@@ -8,7 +8,7 @@ information takes at least, were every mask, sign and label equally likely.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import log2
+from math import log2, prod
 
 from subbit.codes import LEVEL_KINDS
 from subbit.packed.layout import Layout, Table
@@ -138,13 +138,13 @@ def _shares(layout: Layout, share: float) -> list[tuple[Table, float]]:
 
 
 def _paper_bits(layout: Layout, share: float) -> float:
-    """Sign planes are counted, group labels are not; "free" levels count as log2 of their number.
+    """Signs (and trits) are counted, group labels are not; "free" levels as log2 of their number.
 
     So 2-bit round-to-nearest is 2, as its papers say, and a level that is zero counts as one.
     """
     bits = 0.0
     for table, weight in _shares(layout, share):
-        signs = len(LEVEL_KINDS[table.kind].radices)
+        signs = log2(prod(LEVEL_KINDS[table.kind].radices))
         whole = table.integer_bits if table.kind == "grid" and not layout.zeros else 0
         bits += weight * (signs or whole or log2(table.groups + layout.zeros))
     return bits * layout.support.share
@@ -168,9 +168,9 @@ def _floor(layout: Layout, share: float) -> dict[str, float]:
         if layout.zeros:
             floor["label"] += weight * log2(table.count + 1)
             continue
-        planes = len(LEVEL_KINDS[table.kind].radices)
-        floor["sign"] += weight * density * min(planes, 1)
-        floor["second_sign"] += weight * density * max(planes - 1, 0)
+        first, *others = LEVEL_KINDS[table.kind].radices or (1,)
+        floor["sign"] += weight * density * log2(first)
+        floor["second_sign"] += weight * density * log2(prod(others))
         floor["label"] += weight * density * log2(table.groups)
     floor["scales"] = sum(table.record_bits * table.records for table in layout.tables()) / cols
     if layout.int8:
