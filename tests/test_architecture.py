@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"hub", "text", "model", "errors"},
 }
 ROOMS["calibration"] = {"linalg", "model", "recipe", "errors"}
+ROOMS["refit"] = {"model", "packed", "codes", "recipe", "errors"}
 ROOMS["compression"] = set(ROOMS) - {"evaluate"}
 ROOMS["study"] = set(ROOMS)
 EVERYTHING = {"__init__", "cli", "demo"}  # these may import any room, but only inside functions

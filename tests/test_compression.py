@@ -26,14 +26,6 @@ from tiny_models import FAMILIES, REFUSED, tiny_model, tiny_tokenizer
 SMALL = ["calibration.nsamples=3", "calibration.seqlen=24"]
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "prose.txt"
-    words = "the quick brown fox jumps over a lazy dog while seven wizards box with gin and tea "
-    path.write_text("".join(words[i % 17 :] + "\n" for i in range(40)))
-    return str(path)
-
-
 @pytest.fixture
 def folder(tmp_path):
     model = tiny_model("llama_gqa" if "llama_gqa" in FAMILIES else FAMILIES[0])

@@ -4,7 +4,7 @@ Plainly (`capture_inputs`) all linears of a block see the block as it was, given
 compressed blocks before it. With `calibration.sequential` a linear sees what the compressed linears
 before it in its own block give; with `asymmetry` the original model runs beside, and a linear's
 target moves towards the original's outputs; with `calibration.tokens` and `first_token` some tokens
-count more than others.
+count more than others. `refit` needs to know what the original block puts out.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,8 @@ class Calibrator:
     Attributes:
         hidden: hidden states `(nsamples, seqlen, width)` of the compressed model that enter the
             block at hand, on the CPU.
-        originals: those of the original model; None where nobody compares.
+        originals: those of the original model; None where nobody compares. Once `rounds` of a
+            block has ended they are what the original block puts out.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class Calibrator:
         self.first_token = recipe.calibration.first_token
         self.blocks, self.calls, self.device = blocks, calls, device
         self.hidden = hidden
-        self.originals = hidden.clone() if self.asymmetry.strength else None
+        self.refit = recipe.refit if recipe.refit.steps else None
+        follows = self.refit is not None and self.refit.towards == "original"
+        self.originals = hidden.clone() if self.asymmetry.strength or follows else None
 
     def passes(self, linears: dict[str, nn.Module]) -> int:
         """How often a block is run on every window to calibrate it, judged by the first."""
         groups = len(self._wiring(0, linears).groups) if self.sequential else 1
-        return groups + (self.originals is not None)
+        alone = self.refit is not None and self.refit.towards == "block"
+        return groups + (self.originals is not None) + alone
 
     def rounds(
         self, i: int, linears: dict[str, nn.Module], advance: Advance = None
@@ -91,18 +95,27 @@ class Calibrator:
         spec = self.asymmetry
         return shifted_target(W, statistics, spec.strength, spec.percdamp)
 
+    def block_output(self, i: int, advance: Advance = None) -> Tensor | None:
+        """What block `i`, not compressed yet, puts out on the compressed model's hidden states.
+
+        None unless refitting wants it.
+        """
+        if self.refit is None or self.refit.towards == "original":
+            return None
+        return self._run(i, self.hidden, torch.empty_like(self.hidden), advance)
+
     def propagate(self, i: int, advance: Advance = None) -> None:
         """Run the compressed block `i` on the compressed model's hidden states."""
-        self._run(i, self.hidden, advance)
+        self._run(i, self.hidden, self.hidden, advance)
 
     def propagate_original(self, i: int) -> None:
         """Run block `i`, not compressed yet, on the original model's, where somebody compares."""
         if self.originals is not None:
-            self._run(i, self.originals, None)
+            self._run(i, self.originals, self.originals, None)
 
-    def _run(self, i: int, hidden: Tensor, advance: Advance) -> None:
+    def _run(self, i: int, hidden: Tensor, out: Tensor, advance: Advance) -> Tensor:
         block, call = self.blocks.modules[i], self.calls[i]
-        run_block(block, hidden, call, out=hidden, device=self.device, advance=advance)
+        return run_block(block, hidden, call, out=out, device=self.device, advance=advance)
 
     def _wiring(self, i: int, linears: dict[str, nn.Module]) -> Wiring:
         first = self.hidden[:1]
@@ -110,7 +123,7 @@ class Calibrator:
 
     def _pairs(self, found: Wiring) -> tuple[str, ...]:
         """The linears whose targets move; of each input the first linear stands for all."""
-        if self.originals is None:
+        if not self.asymmetry.strength:
             return ()
         leaders = tuple(group[0] for group in found.groups)
         return found.writers if self.asymmetry.linears == "writers" else leaders

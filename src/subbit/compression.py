@@ -46,6 +46,7 @@ from subbit.packed.linear import PackedLinear
 from subbit.packed.pack import read_layout
 from subbit.prune.allocate import allocate, mean_kept
 from subbit.recipe import Recipe, load_recipe
+from subbit.refit import loose_tensors, refit_block
 from subbit.run.commits import Workdir, check_output
 from subbit.run.log import LinearLog
 from subbit.run.memory import peak_rss_bytes
@@ -287,9 +288,15 @@ class _Job:
     @property
     def steps(self) -> int:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
-        linears = sum(map(len, self.linears))
-        windows = len(self.blocks.modules) * len(self.tokens)
-        return windows * (self.passes + 1 + self.coarse) + linears * self._linear_steps
+        count = len(self.blocks.modules)
+        others = count * len(self.tokens) * (1 + self.coarse)
+        return others + sum(map(self._steps_of_block, range(count)))
+
+    def _steps_of_block(self, i: int) -> int:
+        """Steps of compressing one block, without propagation."""
+        refit = self.recipe.refit.steps * _REFIT_STEPS
+        linears = len(self.linears[i]) * self._linear_steps
+        return len(self.tokens) * self.passes + linears + refit
 
     @property
     def _linear_steps(self) -> int:
@@ -312,7 +319,7 @@ class _Job:
             if self.workdir is not None and i < self.workdir.committed:
                 calibrator.propagate_original(i)
                 self._restore(i)
-                bar.skip(len(self.tokens) * self.passes + len(self.linears[i]) * self._linear_steps)
+                bar.skip(self._steps_of_block(i))
             else:
                 nm = None if kept is None else (kept[i], self.recipe.nm[1])
                 self._compress_block(i, calibrator, nm, bar, log)
@@ -375,9 +382,11 @@ class _Job:
         bar: Progress,
         log: LinearLog | None,
     ) -> None:
-        """Capture what the block's linears see, compress them in place, commit the block."""
+        """Capture what the block's linears see, compress them in place, refit, commit the block."""
         block, linears = self.blocks.modules[i], self.linears[i]
         lines = []
+        with self._stage("capture"):
+            target = calibrator.block_output(i, bar.advance)
         rounds = calibrator.rounds(i, linears, bar.advance)
         while (stats := self._next_round(rounds)) is not None:
             for name in (name for name in linears if name in stats):
@@ -400,10 +409,14 @@ class _Job:
                 self.result.records[full] = record
         for name in linears:
             block.get_submodule(name).drop_dense()
+        if self.recipe.refit.steps:
+            with self._stage("refit"):
+                lines.append(self._refit(i, calibrator, target, bar))
         self.result.log += lines
         if self.workdir is not None:
             with self._stage("commit"):
-                self.workdir.commit(i, *_commit_of(block, linears, lines))
+                loose = self.recipe.refit.steps > 0
+                self.workdir.commit(i, *_commit_of(block, linears, lines, loose))
 
     def _next_round(self, rounds: Iterator[Statistics]) -> Statistics | None:
         with self._stage("capture"):
@@ -430,6 +443,26 @@ class _Job:
         }
         return packed, record
 
+    def _refit(
+        self, i: int, calibrator: Calibrator, target: Tensor | None, bar: Progress
+    ) -> dict[str, Any]:
+        """Tune the block by gradients; its line in the log."""
+        bar.update(linear="refit")
+        begun = time.monotonic()
+        done = refit_block(
+            self.blocks.modules[i],
+            list(self.linears[i]),
+            calibrator.hidden,
+            calibrator.originals if target is None else target,
+            calibrator.calls[i],
+            self.recipe.refit,
+            device=self.device,
+            advance=lambda steps: bar.advance(steps * _REFIT_STEPS),
+        )
+        facts = {"refit": {"before": done.before, "after": done.after, "steps": done.steps}}
+        timing = {"seconds": round(time.monotonic() - begun, 4)}
+        return {"block": i, "name": self.blocks.name(i), **facts, **timing}
+
     def _restore(self, i: int) -> None:
         """Put a committed block in place, as it was when it was committed."""
         tensors, meta = self.workdir.load(i)
@@ -443,7 +476,12 @@ class _Job:
             packed.load_state_dict(state, assign=True)
             packed.requires_grad_(False)
             replace_module(block, name, packed)
+        for name, parameter in loose_tensors(block, list(self.linears[i])).items():
+            if f"{_LOOSE}{name}" in tensors:
+                parameter.data.copy_(tensors[f"{_LOOSE}{name}"])
         for line in meta["log"]:
+            if "refit" in line:
+                continue
             facts = {k: v for k, v in line.items() if k not in _VARYING}
             self.result.records[line["name"]] = facts
         self.result.log += meta["log"]
@@ -483,11 +521,13 @@ def _norm(linears: dict[str, nn.Module]) -> float:
     return float(sum(squares)) ** 0.5
 
 
+_REFIT_STEPS = 3  # a step of refitting takes about three times as long as running a window
+_LOOSE = "loose."  # names of the vectors in a commit that refitting has changed
 _VARYING = ("block", "name", "seconds", "peak_rss_bytes")  # of a log line: not part of a record
 
 
 def _commit_of(
-    block: nn.Module, linears: dict[str, nn.Module], lines: list[dict[str, Any]]
+    block: nn.Module, linears: dict[str, nn.Module], lines: list[dict[str, Any]], loose: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts from which `_restore` can rebuild a block."""
     packed = {name: block.get_submodule(name) for name in linears}
@@ -496,6 +536,9 @@ def _commit_of(
         for name, module in packed.items()
         for field, tensor in module.fields().items()
     }
+    if loose:
+        vectors = loose_tensors(block, list(linears))
+        tensors |= {f"{_LOOSE}{name}": vector.detach() for name, vector in vectors.items()}
     layouts = {name: module.layout.to_dict() for name, module in packed.items()}
     return tensors, {"layouts": layouts, "log": lines}
 

@@ -137,6 +137,22 @@ class AsymmetrySpec(_Spec):
     percdamp: float = Field(0.01, gt=0)
 
 
+class RefitSpec(_Spec):
+    """Tuning of levels, norms and biases once the codes of a block are settled.
+
+    Attributes:
+        steps: steps of Adam for each block, one calibration window a step; 0 = off.
+        rate: learning rate, as a share of the root mean square of the tensor that learns; it falls
+            to 0 along a cosine.
+        towards: what is reconstructed: the hidden states of the "original" model, or what the
+            original "block" makes of the compressed model's.
+    """
+
+    steps: int = Field(0, ge=0)
+    rate: float = Field(0.005, gt=0)
+    towards: Literal["original", "block"] = "original"
+
+
 class CoarseSpec(_Spec):
     """How the coarse stage shares the budget of kept weights among the decoder blocks.
 
@@ -171,6 +187,7 @@ class Recipe(_Spec):
         calibration: which text the method sees.
         coarse: how the kept weights are shared among the decoder blocks.
         asymmetry: whether targets move towards the original model's outputs; off by default.
+        refit: tuning by gradients after compression; off by default.
         options: options of the method; checked by the method itself.
 
     Raises:
@@ -187,6 +204,7 @@ class Recipe(_Spec):
     calibration: CalibrationSpec = CalibrationSpec()
     coarse: CoarseSpec = CoarseSpec()
     asymmetry: AsymmetrySpec = AsymmetrySpec()
+    refit: RefitSpec = RefitSpec()
     options: dict[str, Any] = {}
 
     def __init__(self, **data: Any) -> None:
@@ -222,7 +240,8 @@ class Recipe(_Spec):
         Args:
             settings: `"key=value"`, the value in YAML; the key may be dotted
                 (`calibration.nsamples`, `options.tau`). A bare key is looked up in the recipe, in
-                `calibration`, `coarse` and `asymmetry`; any other is an option of the method.
+                `calibration`, `coarse`, `asymmetry` and `refit`; any other is an option of the
+                method.
 
         Raises:
             RecipeError: a setting without `=`, an unknown key, or a value that means nothing.
@@ -329,6 +348,7 @@ _PARTS: dict[str, type[_Spec]] = {
     "calibration": CalibrationSpec,
     "coarse": CoarseSpec,
     "asymmetry": AsymmetrySpec,
+    "refit": RefitSpec,
 }
 
 

@@ -13,7 +13,7 @@ from subbit.errors import ModelError, NonFiniteError
 from subbit.model.blocks import Blocks
 from subbit.model.calls import BlockCall, hidden_of
 
-__all__ = ["Accumulator", "block_similarities", "capture_inputs", "run_block"]
+__all__ = ["Accumulator", "block_similarities", "capture_inputs", "placed", "run_block"]
 
 Advance = Callable[[int], None] | None
 
@@ -215,7 +215,7 @@ def _run_windows(
     visit: Callable[[int, Tensor, Tensor], None],
 ) -> None:
     """Run the block on every window; `visit(i, in, out)` sees tensors `(1, seqlen, width)`."""
-    with _placed(block, device) as place:
+    with placed(block, device) as place:
         call = call.to(place)
         for i in range(len(hidden)):
             x = hidden[i : i + 1].to(place, copy=True)  # a block may work in place
@@ -225,8 +225,8 @@ def _run_windows(
 
 
 @contextmanager
-def _placed(block: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Move the block to `device` and back to where it was."""
+def placed(block: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Move a block to `device`, None = leave it where it is, and back afterwards; yields where."""
     tensors = chain(block.parameters(), block.buffers())
     home = next((tensor.device for tensor in tensors), torch.device("cpu"))
     place = home if device is None else torch.device(device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from subbit.errors import NonFiniteError
 from subbit.model.calls import BlockCall
-from subbit.model.capture import _placed
+from subbit.model.capture import placed
 
 __all__ = ["Look", "Wiring", "look_at_windows", "wiring"]
 
@@ -71,7 +71,7 @@ def wiring(
         device: where the block runs; None = where it is.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # in the order of calls
-    with _placed(block, device) as place, ExitStack() as hooks:
+    with placed(block, device) as place, ExitStack() as hooks:
         for name, linear in linears.items():
 
             def keep(module: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
@@ -125,7 +125,7 @@ def look_at_windows(
     Raises:
         NonFiniteError: a linear is given NaN or Inf.
     """
-    with _placed(block, device) as place, ExitStack() as hooks:
+    with placed(block, device) as place, ExitStack() as hooks:
         call = call.to(place)
         runs = _Run(tuple(watched), tuple(writers), whole)
         for name in dict.fromkeys([*watched, *writers]):
