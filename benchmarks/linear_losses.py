@@ -1,11 +1,12 @@
-"""Mean relative loss of recipes on nine real linears, and CPU seconds for them.
+"""Mean relative loss of recipes on nine real linears, held out too, and CPU seconds for them.
 
     python benchmarks/linear_losses.py --model MODEL [--nsamples 8] [--cases CASE ...]
 
 The linears are the query, output and down projections of an early, a middle and a late block of
 MODEL; H comes from the original model's activations on the calibration text. A case is a recipe,
 optionally with changes: `pbs2p-6-8`, `pbs2p-6-8,spbo=false`, ... Without --cases: the ablation that
-leads from pbs2p to pbs2p-plus, and the alternatives of docs/differences.md.
+leads from pbs2p to pbs2p-plus, and the alternatives of docs/differences.md. A line has the loss on
+the calibration text, that on the `--held-out` windows that follow it, and the seconds.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import time
 
 import torch
 
-from subbit.linalg import GramAccumulator
+from subbit.linalg import GramAccumulator, relative_loss
 from subbit.methods import LinearStats, Settings, make_method
 from subbit.model import (
     capture_inputs,
@@ -56,12 +57,19 @@ _CHOICES = [
 ]
 
 
-def collect(args: argparse.Namespace) -> list[tuple[torch.Tensor, LinearStats]]:
-    """Weights and statistics of the nine linears."""
+Problem = tuple[torch.Tensor, LinearStats, torch.Tensor]
+
+
+def collect(args: argparse.Namespace) -> list[Problem]:
+    """Weights, statistics and held-out H of the nine linears."""
     loaded = load_model(args.model)
     model = loaded.model
     windows = calibration_windows(
-        args.calibration, loaded.tokenizer, model, nsamples=args.nsamples, seqlen=args.seqlen
+        args.calibration,
+        loaded.tokenizer,
+        model,
+        nsamples=args.nsamples + args.held_out,
+        seqlen=args.seqlen,
     ).tokens
     blocks = find_blocks(model)
     calls, hidden = record_calls(model, blocks, windows), first_inputs(model, blocks, windows)
@@ -74,9 +82,13 @@ def collect(args: argparse.Namespace) -> list[tuple[torch.Tensor, LinearStats]]:
             chosen = {
                 n: m for n, m in linears.items() if n.endswith(("q_proj", "o_proj", "down_proj"))
             }
-            for name, gram in capture_inputs(block, hidden, call, chosen, GramAccumulator).items():
+            seen, others = (
+                capture_inputs(block, part, call, chosen, GramAccumulator)
+                for part in (hidden[: args.nsamples], hidden[args.nsamples :])
+            )
+            for name, gram in seen.items():
                 stats = LinearStats(gram.H, gram.tokens, f"{blocks.name(i)}.{name}")
-                found.append((weight_of(linears[name]).float(), stats))
+                found.append((weight_of(linears[name]).float(), stats, others[name].H))
         if i < max(wanted):
             run_block(block, hidden, call, out=hidden)
     return found
@@ -88,6 +100,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", default="c4")
     parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=4, help="windows after these")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="*")
@@ -101,13 +114,17 @@ def main() -> None:
     for case in cases:
         name, *changes = case.split(",")
         recipe = load_recipe(name).override(changes)
-        settings = Settings(recipe.blocksize, recipe.percdamp)
+        settings = Settings(recipe.blocksize, recipe.percdamp, levels=recipe.levels)
         method = make_method(recipe.method, recipe.options, settings)
-        begun, losses = time.process_time(), []
-        for W, stats in problems:
-            losses.append(method.compress(W, stats, recipe.nm).record["loss"])
-        seconds = time.process_time() - begun
-        print(f"{sum(losses) / len(losses):.4f} {seconds:7.1f} s  {case}", flush=True)
+        losses, held_out, seconds = [], [], 0.0
+        for W, stats, H in problems:
+            begun = time.process_time()
+            result = method.compress(W, stats, recipe.nm)
+            seconds += time.process_time() - begun
+            losses.append(result.record["loss"])
+            held_out.append(relative_loss(W, result.dequantize(), H))
+        means = sum(losses) / len(losses), sum(held_out) / len(held_out)
+        print(f"{means[0]:.4f} {means[1]:.4f} {seconds:7.1f} s  {case}", flush=True)
 
 
 if __name__ == "__main__":
