@@ -48,6 +48,7 @@ class GroupedMethod(Method):
     published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
     mean: ClassVar[bool] = True
     split_salient: ClassVar[bool] = False
+    published_on_inputs: ClassVar[bool] = False  # the published split search's error
 
     @property
     def metric(self) -> str:
@@ -127,6 +128,7 @@ class GroupedMethod(Method):
                 limit=max(o.salient_max - 1, 0),
                 split=self.split,
                 split_salient=self.split_salient,
+                S=block.S if self.published_on_inputs else None,
             )
         width = block.stop - block.start  # the last block may be shorter: same share of columns
         return group_weights(
