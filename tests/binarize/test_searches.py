@@ -5,7 +5,7 @@ import torch
 
 from subbit.binarize.arb import refine
 from subbit.binarize.groups import Split, group_scores, group_weights
-from subbit.binarize.salient import search_salient, search_salient_scores
+from subbit.binarize.salient import column_limit, search_salient, search_salient_scores
 from subbit.binarize.spbo import binarize_part
 from subbit.binarize.split import (
     label_groups,
@@ -240,3 +240,9 @@ def test_the_split_search_on_inputs_sees_the_inputs():
         found = search_splits_on_inputs(values, everything, candidates, rest, torch.diag(S))
         chosen.append(float(found))
     assert chosen[0] != chosen[1]
+
+
+def test_a_short_last_block_has_its_share_of_salient_columns_and_a_whole_row_all():
+    assert column_limit(50, 0, 128, 128) == column_limit(50, 128, 256, 128) == 50
+    assert column_limit(50, 512, 576, 128) == 25
+    assert column_limit(50, 0, 576, 1024) == 50

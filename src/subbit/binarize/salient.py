@@ -3,9 +3,21 @@
 import torch
 from torch import Tensor
 
-__all__ = ["search_salient", "search_salient_scores"]
+__all__ = ["column_limit", "search_salient", "search_salient_scores"]
 
 _STRIPE = 64  # rows whose binarisations for all counts are held at once
+
+
+def column_limit(most: int, start: int, stop: int, blocksize: int) -> int:
+    """How many salient columns a block may have: `most`, and in a shorter last block as large a
+    share. A row that is shorter than a block is a whole one.
+
+    Args:
+        most: of a block of `blocksize` columns.
+        start, stop: the block's columns.
+    """
+    width = stop - start
+    return most * width // (blocksize if start else width)
 
 
 def search_salient(W: Tensor, score: Tensor, support: Tensor, limit: int) -> Tensor:

@@ -10,10 +10,10 @@ from subbit.binarize.levels import fit_levels
 from subbit.binarize.refine import Coding, refine
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, as_stored, assemble
-from subbit.methods.base import LinearStats, damping_record
+from subbit.methods.assemble import CodedBlock, as_stored
+from subbit.methods.base import LinearStats
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
-from subbit.prune import ranks_in_groups
+from subbit.prune import pruning_ranks
 
 __all__ = ["PBS2PPlus", "PBS2PPlusOptions"]
 
@@ -25,7 +25,8 @@ class PBS2PPlusOptions(PBS2POptions):
         codebook: "groups": what `pbs2p` fits (three magnitude groups and salient columns) is the
             start; "free": `free_levels` values a row and block, no salient columns.
         sweeps: joint level solves and descent sweeps in every block.
-        remask: let kept and pruned weights of a group change places during the descent.
+        remask: let kept and pruned weights of M consecutive columns change places during the
+            descent; not where whole columns are pruned.
         passes: sweeps over all blocks of the row afterwards, with the whole H, each block against
             its conditional target.
     """
@@ -76,13 +77,13 @@ class PBS2PPlus(PBS2P):
         if o.passes:
             W = W.masked_fill(factor.dead, 0.0)
             blocks = self._pass_over_all(W, factor.damped(), fitted, nm)
-        return assemble(blocks, settings.blocksize, nm, damping_record(factor))
+        return self._assembled(blocks, nm, factor)
 
     def _start(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         if self.options.codebook == "groups":
             return self._compress_block(block, score, nm)
         n, m = nm
-        keep = ranks_in_groups(score, m) >= m - n
+        keep = pruning_ranks(score, nm, self.options.pruning) >= m - n
         count = self.options.free_levels
         codes, levels = fit_levels(block.W, keep, count, block.S.diagonal())
         table = LevelTable("free", count, levels.half().unsqueeze(1))
@@ -93,7 +94,8 @@ class PBS2PPlus(PBS2P):
     ) -> CodedBlock:
         if sweeps == 0:
             return block
-        coding = refine(target, S, coding_of(block), nm, sweeps=sweeps, remask=self.options.remask)
+        remask = self.options.remask and self.options.pruning != "structured"  # columns stay whole
+        coding = refine(target, S, coding_of(block), nm, sweeps=sweeps, remask=remask)
         return coded(coding, block)
 
     def _pass_over_all(

@@ -2,7 +2,7 @@
 
 from subbit.prune.allocate import allocate
 from subbit.prune.masks import keep_mask, ranks_in_groups
-from subbit.prune.patterns import PRUNING, kept_count, select
+from subbit.prune.patterns import PRUNING, kept_count, pruning_ranks, select, structure
 from subbit.prune.scores import METRICS, Scorer
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "allocate",
     "keep_mask",
     "kept_count",
+    "pruning_ranks",
     "ranks_in_groups",
     "select",
+    "structure",
 ]

@@ -27,6 +27,10 @@ class Scorer:
             to the letter), or "obs" (`w^2 / 2 [H^-1]_qq`, PBS2P Theorem 3.1).
         seed, name: with "random", the draw depends on both and on nothing else.
 
+    Attributes:
+        by_row: scores are compared within a row where pruning is unstructured (Wanda finds that to
+            matter); otherwise those of all rows are.
+
     Raises:
         RecipeError: unknown metric or reading.
     """
@@ -45,6 +49,7 @@ class Scorer:
         if metric not in METRICS:
             raise RecipeError(f"unknown fine_metric '{metric}'{nearest(metric, METRICS)}")
         self.metric = metric
+        self.by_row = metric == "wanda"
         self._input_norm = H.diagonal().clamp_min(0).sqrt()
         if metric == "hessian":
             if factor is None:
