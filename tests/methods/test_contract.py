@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from problems import PROBLEMS, problem
+from problems import PROBLEMS, large_problem, problem
 
 from subbit.codes import CompressedLinear
 from subbit.errors import ModelError, NonFiniteError, RecipeError
@@ -139,13 +139,24 @@ def test_same_input_same_output(name, case):
 
 
 def test_the_number_of_threads_does_not_change_the_file(name):
-    W, stats = problem("plain")
+    assert_threads_do_not_matter(RECIPES[name], *problem("plain"), SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_number_of_threads_does_not_change_a_larger_file(method):
+    """Large enough for torch and its libraries to share the work out among threads."""
+    recipe = next(recipe for recipe in SHIPPED.values() if recipe.method == method)
+    assert_threads_do_not_matter(recipe, *large_problem(), Settings())
+
+
+def assert_threads_do_not_matter(recipe, W, stats, settings):
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(build(RECIPES[name]).compress(W, stats, RECIPES[name].nm))
+            results.append(build(recipe, settings).compress(W, stats, recipe.nm))
     finally:
         torch.set_num_threads(threads)
     assert_same_file(*results)
