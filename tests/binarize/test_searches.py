@@ -242,7 +242,6 @@ def test_the_split_search_on_inputs_sees_the_inputs():
     assert chosen[0] != chosen[1]
 
 
-def test_a_short_last_block_has_its_share_of_salient_columns_and_a_whole_row_all():
-    assert column_limit(50, 0, 128, 128) == column_limit(50, 128, 256, 128) == 50
-    assert column_limit(50, 512, 576, 128) == 25
-    assert column_limit(50, 0, 576, 1024) == 50
+def test_every_block_may_have_the_same_share_of_salient_columns():
+    assert column_limit(50, 128) == 50
+    assert [column_limit(50, width) for width in (32, 64, 576)] == [12, 25, 225]

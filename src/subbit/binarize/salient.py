@@ -5,19 +5,13 @@ from torch import Tensor
 
 __all__ = ["column_limit", "search_salient", "search_salient_scores"]
 
+_COLUMNS = 128  # of the papers' blocks; the same share of larger, smaller and last ones
 _STRIPE = 64  # rows whose binarisations for all counts are held at once
 
 
-def column_limit(most: int, start: int, stop: int, blocksize: int) -> int:
-    """How many salient columns a block may have: `most`, and in a shorter last block as large a
-    share. A row that is shorter than a block is a whole one.
-
-    Args:
-        most: of a block of `blocksize` columns.
-        start, stop: the block's columns.
-    """
-    width = stop - start
-    return most * width // (blocksize if start else width)
+def column_limit(most: int, width: int) -> int:
+    """How many salient columns a block of `width` columns may have: `most` of every 128."""
+    return most * width // _COLUMNS
 
 
 def search_salient(W: Tensor, score: Tensor, support: Tensor, limit: int) -> Tensor:

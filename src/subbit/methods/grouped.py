@@ -29,6 +29,8 @@ class GroupedOptions(Options):
     the ordinary weights in groups, one more than there are points; each point is the one before it
     times `sigma`.
 
+    `salient_max` is of 128 columns, in other blocks the same share (with `published` the number).
+
     With `published` the groups are searched as the published code does, which leaves `split_grid`
     without effect, and pruned weights are filled in again, as they are there.
     """
@@ -155,7 +157,7 @@ class GroupedMethod(Method):
             block.W,
             score,
             keep,
-            limit=column_limit(o.salient_max, block.start, block.stop, self.settings.blocksize),
+            limit=column_limit(o.salient_max, block.stop - block.start),
             split=self.split,
             split_salient=self.split_salient,
         )

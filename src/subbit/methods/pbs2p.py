@@ -104,7 +104,7 @@ class PBS2P(Method):
             block.W,
             score,
             counted,
-            limit=column_limit(most, block.start, block.stop, self.settings.blocksize),
+            limit=column_limit(most, block.stop - block.start),
             split=Split(o.split_points, o.split_grid, o.sigma),
             split_salient=False,
         )
