@@ -31,8 +31,8 @@ class StudyResult:
         if self.failures:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
             raise StudyError(
-                f"{len(self.failures)} cells could not be measured; mend the cause and run the "
-                f"same command again, finished cells are kept ({reasons})"
+                f"not measured: {reasons}. Mend the cause and run the same command again; finished "
+                "cells are kept"
             )
 
 
