@@ -50,6 +50,12 @@ def test_freer_masks_lose_less(method):
     assert losses == sorted(losses)
 
 
+def test_wanda_compares_within_a_row():
+    kept = run(pruning="unstructured", fine_metric="wanda").kept[:, :128].sum(1)
+    assert (kept == 64).all()  # of two blocks
+    assert len(run(pruning="unstructured").kept.sum(1).unique()) > 1
+
+
 def test_unstructured_levels_fit_int8():
     W, stats = problem("plain")
     settings = Settings(blocksize=128, levels="int8")

@@ -56,6 +56,13 @@ def test_ranks_are_nested_masks_that_end_where_select_does(pruning):
         assert torch.equal(ranks >= step, kept), step
 
 
+def test_ranks_by_row():
+    by_row = pruning_ranks(SCORES, (2, 4), "unstructured", by_row=True)
+    assert ((by_row >= 2).sum(1) == 4).all()
+    whole = pruning_ranks(SCORES, (2, 4), "unstructured")
+    assert (whole >= 2).sum(1).tolist() == [5, 3]
+
+
 def test_ranks_of_semi_structured_pruning_are_those_in_groups():
     assert torch.equal(pruning_ranks(SCORES, (2, 4)), ranks_in_groups(SCORES, 4))
 

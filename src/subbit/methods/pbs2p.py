@@ -13,7 +13,7 @@ from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
-from subbit.prune import PRUNING, Scorer, pruning_ranks, structure
+from subbit.prune import BY_ROW, PRUNING, Scorer, pruning_ranks, structure
 
 __all__ = ["PBS2P", "PBS2POptions"]
 
@@ -94,9 +94,14 @@ class PBS2P(Method):
             name=stats.name,
         )
 
+    def _ranks(self, score: Tensor, nm: tuple[int, int]) -> Tensor:
+        """In which of the M - 1 steps each weight of a block goes."""
+        o = self.options
+        return pruning_ranks(score, nm, o.pruning, by_row=o.fine_metric in BY_ROW)
+
     def _compress_block(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         o, (n, m) = self.options, nm
-        ranks = pruning_ranks(score, nm, o.pruning)
+        ranks = self._ranks(score, nm)
         keep = ranks >= m - n
         counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
         most = o.salient_max if o.salient else 0

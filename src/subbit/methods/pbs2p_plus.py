@@ -13,7 +13,6 @@ from subbit.linalg import BlockView, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, as_stored
 from subbit.methods.base import LinearStats
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
-from subbit.prune import pruning_ranks
 
 __all__ = ["PBS2PPlus", "PBS2PPlusOptions"]
 
@@ -83,7 +82,7 @@ class PBS2PPlus(PBS2P):
         if self.options.codebook == "groups":
             return self._compress_block(block, score, nm)
         n, m = nm
-        keep = pruning_ranks(score, nm, self.options.pruning) >= m - n
+        keep = self._ranks(score, nm) >= m - n
         count = self.options.free_levels
         codes, levels = fit_levels(block.W, keep, count, block.S.diagonal())
         table = LevelTable("free", count, levels.half().unsqueeze(1))

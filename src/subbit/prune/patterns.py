@@ -44,16 +44,22 @@ def select(
     raise RecipeError(f"unknown pruning '{pruning}'{nearest(pruning, PRUNING)}")
 
 
-def pruning_ranks(scores: Tensor, nm: tuple[int, int], pruning: str = "semi-structured") -> Tensor:
+def pruning_ranks(
+    scores: Tensor,
+    nm: tuple[int, int],
+    pruning: str = "semi-structured",
+    *,
+    by_row: bool = False,
+) -> Tensor:
     """When every weight goes, of M - 1 steps each of which prunes one M-th of them.
 
     The weights with rank >= k are what the sub-masks 1..k leave (PBS2P Eq. 3): what `select` keeps
-    at (M - k) / M, of the whole matrix where pruning is unstructured.
+    at (M - k) / M.
 
     Args:
         scores: float `(rows, cols)`, finite.
         nm: `(N, M)`; the ranks depend on M alone.
-        pruning: as in `select`.
+        pruning, by_row: as in `select`.
 
     Returns:
         uint8 `(rows, cols)` in 0..M-1.
@@ -63,7 +69,7 @@ def pruning_ranks(scores: Tensor, nm: tuple[int, int], pruning: str = "semi-stru
         return ranks_in_groups(scores, m)
     ranks = torch.zeros_like(scores, dtype=torch.uint8)
     for step in range(1, m):
-        ranks += select(scores, (m - step, m), pruning, by_row=False)
+        ranks += select(scores, (m - step, m), pruning, by_row=by_row)
     return ranks
 
 

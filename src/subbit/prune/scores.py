@@ -8,9 +8,11 @@ from torch import Tensor
 from subbit.errors import RecipeError, nearest
 from subbit.linalg import BlockView, Factor
 
-__all__ = ["METRICS", "Scorer", "standardized_importance"]
+__all__ = ["BY_ROW", "METRICS", "Scorer", "standardized_importance"]
 
 METRICS = ("hessian", "wanda", "magnitude", "si", "ria", "random")
+BY_ROW = ("wanda",)
+"""Scores that are compared within a row where pruning is unstructured: Wanda finds it to matter."""
 
 
 class Scorer:
@@ -28,8 +30,7 @@ class Scorer:
         seed, name: with "random", the draw depends on both and on nothing else.
 
     Attributes:
-        by_row: scores are compared within a row where pruning is unstructured (Wanda finds that to
-            matter); otherwise those of all rows are.
+        by_row: whether the metric is one of `BY_ROW`.
 
     Raises:
         RecipeError: unknown metric or reading.
@@ -49,7 +50,7 @@ class Scorer:
         if metric not in METRICS:
             raise RecipeError(f"unknown fine_metric '{metric}'{nearest(metric, METRICS)}")
         self.metric = metric
-        self.by_row = metric == "wanda"
+        self.by_row = metric in BY_ROW
         self._input_norm = H.diagonal().clamp_min(0).sqrt()
         if metric == "hessian":
             if factor is None:
