@@ -21,7 +21,7 @@ GOOD = Cell("good", "rtn-2")
 def texts(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("data")
     words = "the quick brown fox jumps over a lazy dog while seven wizards box with gin and tea "
-    lines = [words[i % 17 :] for i in range(40)]
+    lines = [words[i % 17 :] for i in range(80)]
     (folder / "wikitext2.test.raw").write_text("\n".join(lines))
     documents = [json.dumps({"text": line}) for line in lines]
     (folder / "c4.calibration.jsonl").write_text("\n".join(documents))
@@ -103,10 +103,10 @@ def test_a_failing_cell_does_not_lose_the_others(tmp_path, model, monkeypatch):
     assert nothing.table == "" and list(nothing.failures) == ["bad"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["pruning-types", *(pytest.param(n, marks=pytest.mark.slow) for n in ABLATIONS if n[0] != "p")],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ABLATIONS if name != "pruning-types"]
+
+
+@pytest.mark.parametrize("name", ["pruning-types", *SLOW])
 def test_the_ablations_run(tmp_path, model, name):
     title, _, cells = ABLATIONS[name]
     result = run_study(name, Study(title, PROTOCOL, cells), model, tmp_path, [], lambda _: None)
@@ -140,3 +140,13 @@ def test_published_figures_stand_beside_ours():
     assert "| 58838.00 † | 25908.00 | 0.0833 |" in table
     assert table.count("†") == 2  # the figure and the note
     assert "published" not in markdown("t", rows).lower()
+
+
+def test_a_cell_may_have_a_calibration_size_of_its_own(tmp_path, model):
+    larger = Cell("larger", "rtn-2", ["calibration.nsamples=3"])
+    run_study("s", study_of(GOOD, larger), model, tmp_path, [], lambda _: None)
+    sizes = [
+        json.loads((tmp_path / "s" / f"{name}.json").read_text())["calibration"]["nsamples"]
+        for name in ("good", "larger")
+    ]
+    assert sizes == [2, 3]

@@ -71,6 +71,15 @@ ABLATIONS: dict[str, tuple[str, Protocol, list[Cell]]] = {
             *_cells("stbllm-4-8", "blocksize", _SIZES),
         ],
     ),
+    "calibration-sizes": (
+        # 64 x 2048 tokens: more would reach the part of C4 that is held out
+        "Windows of 2048 calibration tokens, at 4:8 (PBS2P, Table 4f)",
+        _LIGHT,
+        [
+            Cell("original", None),
+            *_cells("pbs2p-4-8", "calibration.nsamples", {"8": None, "16": 16, "32": 32, "64": 64}),
+        ],
+    ),
     "split-points": (
         "How many split points part the ordinary weights, and how they are searched (PBS2P's "
         "earlier version, Table 3f; STBLLM, Table 15), 8 x 2048 calibration tokens",

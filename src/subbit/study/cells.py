@@ -49,7 +49,8 @@ class Cell:
     Attributes:
         name: file name of the cell's record.
         recipe: recipe name, or None for the original model.
-        overrides: changes to the recipe, as on the command line.
+        overrides: changes to the recipe, as on the command line; one of `calibration.nsamples` goes
+            before the protocol.
     """
 
     name: str
@@ -99,7 +100,7 @@ def run_cell(
                 cell.recipe,
                 protocol.calibration,
                 out=packed,
-                nsamples=protocol.nsamples,
+                nsamples=None if _names_nsamples(cell) else protocol.nsamples,
                 seqlen=protocol.seqlen,
                 dtype=dtype,
                 overrides=cell.overrides,
@@ -120,6 +121,10 @@ def run_cell(
     if cell.recipe is not None:
         shutil.rmtree(folder / f"{cell.name}.model")
     return record
+
+
+def _names_nsamples(cell: Cell) -> bool:
+    return any(change.startswith("calibration.nsamples=") for change in cell.overrides)
 
 
 def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
