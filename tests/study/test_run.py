@@ -5,6 +5,7 @@ import json
 import pytest
 
 from subbit.errors import StudyError
+from subbit.study import cells as cells_module
 from subbit.study import run as run_module
 from subbit.study.ablations import ABLATIONS
 from subbit.study.cells import Cell, Protocol
@@ -150,3 +151,28 @@ def test_a_cell_may_have_a_calibration_size_of_its_own(tmp_path, model):
         for name in ("good", "larger")
     ]
     assert sizes == [2, 3]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_cut_off_cell_has_packed_is_used_if_it_is_the_same(
+    tmp_path, model, monkeypatch, same
+):
+    made = []
+
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    def counts(*args, **kwargs):
+        made.append(args[1].options)
+        return compress(*args, **kwargs)
+
+    compress = cells_module.compress
+    monkeypatch.setattr(cells_module, "compress", counts)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells_module, "perplexity", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_study("s", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    assert (tmp_path / "s" / "good.model").is_dir()
+    cell = GOOD if same else Cell("good", "rtn-2", ["group=row"])
+    assert not run_study("s", study_of(cell), model, tmp_path, [], lambda _: None).failures
+    assert [options["group"] for options in made] == ["block"] + ["row"] * (not same)

@@ -15,9 +15,10 @@ import torch
 
 from subbit.compression import compress
 from subbit.evaluate.perplexity import perplexity
-from subbit.hub.inspect import inspect_folder
+from subbit.hub.inspect import inspect_folder, read_config
 from subbit.hub.load import load, load_tokenizer
 from subbit.model.load import load_model
+from subbit.recipe import load_recipe
 from subbit.text import load_text, make_windows
 
 __all__ = ["Cell", "Protocol", "run_cell"]
@@ -49,8 +50,7 @@ class Cell:
     Attributes:
         name: file name of the cell's record.
         recipe: recipe name, or None for the original model.
-        overrides: changes to the recipe, as on the command line; one of `calibration.nsamples` goes
-            before the protocol.
+        overrides: changes to the recipe, as on the command line; they go before the protocol.
     """
 
     name: str
@@ -94,17 +94,7 @@ def run_cell(
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
         packed = folder / f"{cell.name}.model"
-        if not packed.exists():
-            compress(
-                model,
-                cell.recipe,
-                protocol.calibration,
-                out=packed,
-                nsamples=None if _names_nsamples(cell) else protocol.nsamples,
-                seqlen=protocol.seqlen,
-                dtype=dtype,
-                overrides=cell.overrides,
-            )
+        _compress(cell, model, protocol, packed, dtype)
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
@@ -123,8 +113,19 @@ def run_cell(
     return record
 
 
-def _names_nsamples(cell: Cell) -> bool:
-    return any(change.startswith("calibration.nsamples=") for change in cell.overrides)
+def _compress(cell: Cell, model: str, protocol: Protocol, packed: Path, dtype: str) -> None:
+    """Make the packed folder, unless one of this very recipe was left there by a cut-off cell."""
+    calibration = [
+        f"calibration.source={protocol.calibration}",
+        f"calibration.nsamples={protocol.nsamples}",
+        f"calibration.seqlen={protocol.seqlen}",
+    ]
+    recipe = load_recipe(cell.recipe).override([*calibration, *cell.overrides])
+    if packed.exists():
+        if read_config(packed).recipe == recipe.model_dump(mode="json"):
+            return
+        shutil.rmtree(packed)
+    compress(model, recipe, out=packed, dtype=dtype)
 
 
 def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
