@@ -38,12 +38,14 @@ def problem(rows: int, cols: int, tokens: int, device: str) -> tuple[torch.Tenso
     """A random linear and its statistics."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(rows, cols, generator=generator) * 0.02
-    H = torch.zeros(cols, cols)
+    H, total = torch.zeros(cols, cols), torch.zeros(cols)
     for _ in range(0, tokens, 2048):
         X = torch.randn(2048, cols, generator=generator)
         X[:, 1:] += 0.5 * X[:, :-1]
         H += X.T @ X
-    return W.to(device), LinearStats(H.to(device), tokens, f"{rows}x{cols}")
+        total += X.sum(0)
+    mean = (total / tokens).to(device)
+    return W.to(device), LinearStats(H.to(device), tokens, f"{rows}x{cols}", mean)
 
 
 def measure(recipe: str, rows: int, cols: int, args: argparse.Namespace) -> dict:

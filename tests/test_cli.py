@@ -249,10 +249,28 @@ def test_recipes():
 
 
 def test_methods(monkeypatch):
+    recipes = [
+        {"name": "a", "paper_bits": 0.55, "stored_bits": 3.301, "speed": "minutes"},
+        {"name": "b", "paper_bits": 0.825, "stored_bits": 3.301, "speed": None},
+    ]
     method = {"name": "pbs2p", "paper": "PBS2P", "year": 2026, "summary": "s", "options": {}}
-    stub(monkeypatch, "subbit.methods", list_methods=lambda: [method])
-    assert "pbs2p" in run("methods").out
+    method |= {"recipes": recipes, "packed": True}
+    stub(monkeypatch, "subbit.study.overview", methods_overview=lambda: [method])
+    row = next(line for line in run("methods").out.splitlines() if "PBS2P (2026)" in line)
+    assert row.split()[-5:] == ["0.550–0.825", "3.301", "minutes", "yes", "s"]
     assert json.loads(run("methods", "--json").out) == [method]
+
+
+def test_a_study_prints_its_table_even_where_a_cell_failed(monkeypatch):
+    def fail():
+        raise errors.StudyError("1 cells could not be measured")
+
+    result = SimpleNamespace(table="| the table |", raise_failures=fail)
+    stub(monkeypatch, "subbit.study.studies", STUDIES={}, study=lambda name: name)
+    stub(monkeypatch, "subbit.study.run", run_study=lambda *arguments: result)
+    said = run("study", "methods", "--model", "m")
+    assert (said.code, said.out) == (8, "| the table |\n")
+    assert said.err == "error: 1 cells could not be measured\n"
 
 
 @pytest.fixture

@@ -1,21 +1,18 @@
 """docs/methods.md names what there is, and nothing that there is not."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from subbit.methods import METHODS, LinearStats, Settings, make_method
-from subbit.packed import bit_report, pack
+from subbit.methods import METHODS, make_method
 from subbit.recipe import list_recipes, load_recipe
+from subbit.study.overview import recipe_bits
 
 TEXT = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 SETTING = re.compile(r"`([a-z_.]+)=([^`]+)`")
-SIZE, SALIENT = 4096, 410  # of the linear of the table of bits: 10 % of its columns are salient
 
 
 def sections() -> dict[str, str]:
@@ -93,24 +90,5 @@ def test_settings_outside_the_sections_mean_something():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_table_of_bits_is_that_of_the_format(name):
-    recipe = RECIPES[name]
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(8, 128, generator=generator)
-    X = torch.randn(256, 128, generator=generator) * torch.linspace(0.2, 2, 128)
-    # the small linear tells which fields there are, not how well the method does
-    quick = {"sweeps": 0, "passes": 0, "iterations": 1, "cycles": 1, "candidates": 2}
-    fields = METHODS[recipe.method].Opt.model_fields
-    options = recipe.options | {k: v for k, v in quick.items() if k in fields}
-    settings = Settings(recipe.blocksize, recipe.percdamp)
-    stats = LinearStats(X.T @ X, len(X), mean=X.mean(0))
-    linear = make_method(recipe.method, options, settings).compress(W, stats, recipe.nm)
-    layout, _ = pack(linear)
-    larger = {"rows": SIZE, "cols": SIZE}
-    salient = 0
-    if getattr(layout, "salient_elements", None) is not None:
-        larger["salient_elements"] = round(recipe.options["salient_share"] * SIZE * SIZE)
-        larger["salient_group_size"] = SIZE
-    elif getattr(layout, "salient", None) is not None:
-        salient = SALIENT
-    report = bit_report(replace(layout, **larger), salient)
+    report = recipe_bits(RECIPES[name])
     assert table()[name] == (f"{report.paper_bits:.3f}", f"{report.stored_bits:.3f}")

@@ -57,7 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compress Hugging Face causal LLMs to one bit and below, as real packed files.",
     epilog="Exit codes: 0 done, 2 usage or recipe, 3 model, 4 text, 5 packed file, 6 output, "
-    "7 resume, 130 interrupted. SUBBIT_DEBUG=1 shows the traceback of an error.",
+    "7 resume, 8 study, 130 interrupted. SUBBIT_DEBUG=1 shows the traceback of an error.",
 )
 
 
@@ -307,17 +307,34 @@ def recipes(
 def methods(
     as_json: Json = False,
 ) -> None:
-    """List the methods."""
-    from subbit.methods import list_methods
-    from subbit.run.tables import show, table
+    """List the methods: paper, bits of their recipes, and how long they take."""
+    from subbit.run.tables import show, span, table
+    from subbit.study.overview import methods_overview
 
-    found = list_methods()
+    found = methods_overview()
     if as_json:
         _print_json(found)
         return
-    rows = [(m["name"], f"{m['paper']} ({m['year']})", m["summary"]) for m in found]
-    show(table(("method", "paper", "what it does"), rows))
-    typer.echo("Every option of every method: subbit methods --json")
+    rows = [
+        (
+            m["name"],
+            f"{m['paper']} ({m['year']})",
+            span([recipe["paper_bits"] for recipe in m["recipes"]]),
+            span([recipe["stored_bits"] for recipe in m["recipes"]]),
+            ", ".join(dict.fromkeys(r["speed"] for r in m["recipes"] if r["speed"])),
+            "yes" if m["packed"] else "no",
+            m["summary"],
+        )
+        for m in found
+    ]
+    head = ("method", "paper", "paper bits", "stored bits", "speed", "packed", "what it does")
+    show(table(head, rows))
+    typer.echo(
+        "Bits: from the smallest to the largest of the method's recipes, for a 4096 x 4096 linear "
+        "with a tenth of its columns salient. Speed: to compress a billion weights on one thread, "
+        "the model's own passes left out.\n"
+        "Every recipe's bits and seconds, every option of every method: subbit methods --json"
+    )
 
 
 @app.command()
@@ -335,7 +352,8 @@ def study(
 ) -> None:
     """Make one of the tables in docs/: measure its cells, each kept under OUT/STUDY, and print it.
 
-    A cell that is there already is not measured again; an interrupted one resumes.
+    A cell that is there already, in this study or another one under OUT, is not measured again; an
+    interrupted one resumes. One that fails does not stop the others: exit code 8.
     """
     from subbit.study.studies import STUDIES
     from subbit.study.studies import study as find
@@ -347,7 +365,9 @@ def study(
     chosen = find(name)
     from subbit.study.run import run_study
 
-    typer.echo(run_study(name, chosen, model, out, only or [], _say, dtype))
+    result = run_study(name, chosen, model, out, only or [], _say, dtype)
+    typer.echo(result.table)
+    result.raise_failures()
 
 
 def _load(source: str, dtype: str, device: str, keep_dense: bool = False) -> tuple[Any, Any]:

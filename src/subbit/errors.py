@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "RecipeError",
+    "StudyError",
     "SubbitError",
     "nearest",
 ]
@@ -65,6 +66,12 @@ class CheckpointError(SubbitError):
     """An interrupted run that cannot be resumed as asked."""
 
     exit_code = 7
+
+
+class StudyError(SubbitError):
+    """Cells of a study that could not be measured; the others were."""
+
+    exit_code = 8
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -3,14 +3,16 @@ import itertools
 import pytest
 import torch
 
+from subbit.binarize.arb import refine
 from subbit.binarize.groups import Split, group_scores, group_weights
-from subbit.binarize.salient import search_salient, search_salient_scores
+from subbit.binarize.salient import column_limit, search_salient, search_salient_scores
 from subbit.binarize.spbo import binarize_part
 from subbit.binarize.split import (
     label_groups,
     peak_candidates,
     quantile_candidates,
     search_splits,
+    search_splits_on_inputs,
 )
 
 
@@ -175,3 +177,71 @@ def test_groups_part_the_block(W, split_salient, on_scores):
         if not on_scores:
             for low, high in itertools.pairwise(supports):
                 assert sizes[low].max() < sizes[high].min()
+
+
+def on_inputs_error(score, salient, groups, S):
+    """Error under S of a block whose salient scores are ARB's two planes, the others one each."""
+    head = salient.expand_as(score)
+    R = score - refine(score, binarize_part(score, head, 2, means=2), 15).dense()
+    for group in groups:
+        R = R - binarize_part(score, group & ~head, 1, means=1).dense()
+    return float(torch.einsum("ri,ij,rj->", R, S, R))
+
+
+@pytest.mark.parametrize("cols", [128, 72, 64, 20])
+def test_published_groups_of_blocks_of_any_width(cols):
+    """1 to 49 salient columns whatever the width; quantiles of the whole block; ties go up."""
+    generator = torch.Generator().manual_seed(cols)
+    loud = torch.rand(cols, generator=generator).exp()
+    score = torch.randn(33, cols, generator=generator).square() * loud
+    X = torch.randn(200, cols, generator=generator)
+    S = X.T @ X
+    groups, on_inputs = (
+        group_scores(score, limit=49, split=Split(1, (0.1, 0.9, 81)), split_salient=False, S=form)
+        for form in (None, S)
+    )
+    order = score.sum(0).argsort(descending=True)
+    errors = []
+    for k in range(1, min(50, cols)):
+        head = (torch.arange(cols)[:, None] == order[:k]).any(1).expand_as(score)
+        errors.append(binarized_error(score, [head, ~head], 2, 2))
+    count = errors.index(min(errors)) + 1
+    assert set(groups.salient.nonzero().flatten().tolist()) == set(order[:count].tolist())
+    assert torch.equal(groups.salient, on_inputs.salient)
+    left = score * ~groups.salient
+    found = {}
+    for q in torch.linspace(0.1, 0.9, 81, dtype=torch.float64):
+        point = torch.quantile(left.double(), q).float()
+        upper = (left >= point) & ~groups.salient
+        parts = [~upper & ~groups.salient, upper]
+        plain = binarized_error(score, parts, 1, 1)
+        found.setdefault("plain", []).append((plain, upper))
+        error = on_inputs_error(score, groups.salient, parts, S)
+        found.setdefault("inputs", []).append((error, upper))
+    for how, ours in (("plain", groups), ("inputs", on_inputs)):
+        upper = min(found[how], key=lambda pair: pair[0])[1]
+        assert torch.equal(ours.supports(False)[1], upper[:, ~ours.salient])
+
+
+def test_a_score_at_a_published_split_point_is_above_it():
+    score = torch.arange(1.0, 12.0).square()[None].repeat(3, 1)  # the quantiles are scores
+    groups = group_scores(score, limit=0, split=Split(1, (0.5, 0.5, 1)), split_salient=False)
+    assert groups.labels[0].tolist() == [0] * 5 + [1] * 6
+
+
+def test_the_split_search_on_inputs_sees_the_inputs():
+    values = torch.tensor([[0.0, 0.1, 1.0, 1.1, 5.0, 5.1]])
+    candidates = torch.tensor([[0.5], [2.0]])
+    everything, rest = torch.ones_like(values, dtype=torch.bool), torch.zeros_like(values)
+    chosen = []
+    for loud in (slice(0, 4), slice(4, 6)):
+        S = torch.full((6,), 1e-3)
+        S[loud] = 1.0
+        found = search_splits_on_inputs(values, everything, candidates, rest, torch.diag(S))
+        chosen.append(float(found))
+    assert chosen[0] != chosen[1]
+
+
+def test_every_block_may_have_the_same_share_of_salient_columns():
+    assert column_limit(50, 128) == 50
+    assert [column_limit(50, width) for width in (32, 64, 576)] == [12, 25, 225]

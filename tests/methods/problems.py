@@ -4,7 +4,7 @@ import torch
 
 from subbit.methods import LinearStats
 
-__all__ = ["PROBLEMS", "problem"]
+__all__ = ["PROBLEMS", "large_problem", "problem"]
 
 
 def _base(rows=24, cols=160, tokens=400, seed=0):
@@ -89,3 +89,9 @@ def problem(name: str) -> tuple[torch.Tensor, LinearStats]:
     """A weight and its statistics."""
     W, X = PROBLEMS[name]()
     return W, LinearStats(X.T @ X, len(X), f"test.{name}", X.mean(0))
+
+
+def large_problem() -> tuple[torch.Tensor, LinearStats]:
+    """An ordinary one whose work is worth sharing among threads; its last block is ragged."""
+    W, X = _base(rows=320, cols=576, tokens=700)
+    return W, LinearStats(X.T @ X, len(X), "test.large", X.mean(0))

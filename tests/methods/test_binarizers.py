@@ -44,6 +44,47 @@ def test_pruning_first_and_pruning_last():
     assert loss("billm", (4, 8), mask_first=False) < loss("billm", (4, 8))
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("billm", {"mask_first": False}),
+        ("arb", {}),
+        ("arb", {"variant": "arb-rc"}),
+        ("stbllm", {"fine_metric": "hessian"}),
+    ],
+)
+def test_freer_masks_lose_less(method, options):
+    results = [
+        run(method, (4, 8), pruning=pruning, **options)
+        for pruning in ("unstructured", "semi-structured", "structured")
+    ]
+    losses = [result.record["loss"] for result in results]
+    assert losses == sorted(losses)
+    for result in results:
+        assert float(result.kept.float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("pruning", ["unstructured", "structured"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("billm", {}), ("stbllm", {"order": "quantise-then-prune"})],
+)
+def test_other_types_of_pruning_before_and_after(method, options, pruning):
+    result = run(method, (4, 8), pruning=pruning, **options)
+    assert result.nm is None and result.structured == (pruning == "structured")
+    assert float(result.kept.float().mean()) == pytest.approx(0.5)
+    assert result.structured == bool((result.kept == result.kept[:1]).all())
+
+
+@pytest.mark.parametrize("method", GROUPED)
+def test_more_split_points_lose_less(method):
+    """STBLLM Table 15, and Table 3f of the earlier version of PBS2P."""
+    losses = [loss(method, (6, 8), split_points=n, split_grid=(0.1, 0.9, 160)) for n in (0, 1, 2)]
+    assert losses == sorted(losses, reverse=True)
+    result = run(method, (6, 8), split_points=3)
+    assert result.levels.groups == 4
+
+
 @pytest.mark.parametrize("nm", [(4, 8), (2, 4), (8, 8)])
 @pytest.mark.parametrize(
     ("method", "options"),
@@ -79,6 +120,9 @@ def test_published_quantisers_fill_pruned_weights_in_again(method):
         ("pb-llm", {"fine_metric": "magnitude"}),
         ("pb-llm", {"salient_share": 0.2}),
         ("arb", {"iterations": 3}),
+        *((method, {"split_points": 3}) for method in GROUPED),
+        *((method, {"split_points": 0}) for method in GROUPED),
+        ("billm", {"split_points": 2}),
         ("stbllm", {"sigma": 1.5}),
         ("stbllm", {"search": "naive"}),
         *((method, {"published": True}) for method in GROUPED),
@@ -169,6 +213,11 @@ def test_pb_llm_keeps_a_share_in_eight_bits():
 def test_bad_options_are_refused(method, options, words):
     with pytest.raises(RecipeError, match=words):
         make_method(method, options)
+
+
+def test_a_type_of_pruning_without_a_share_is_refused():
+    with pytest.raises(RecipeError, match=r"'billm' with pruning structured.*give it nm"):
+        run("billm", pruning="structured")
 
 
 def test_methods_that_do_not_prune_say_so():

@@ -6,13 +6,14 @@ from typing import get_args
 
 import pytest
 import torch
-from problems import PROBLEMS, problem
+from problems import PROBLEMS, large_problem, problem
 
 from subbit.codes import CompressedLinear
 from subbit.errors import ModelError, NonFiniteError, RecipeError
 from subbit.linalg import relative_loss
 from subbit.methods import METHODS, LinearStats, Settings, list_methods, make_method
-from subbit.packed import bit_report, pack, unpack
+from subbit.packed import pack, unpack
+from subbit.packed.linear import PackedLinear
 from subbit.recipe import list_recipes
 
 SHIPPED = {recipe.name: recipe for recipe in list_recipes()}
@@ -20,16 +21,23 @@ SETTINGS = Settings(blocksize=64)
 
 
 def variants():
-    """Every recipe, and one of each method with every choice of what it prunes or groups."""
-    found, seen = dict(SHIPPED), set()
+    """Every recipe; a pruning one of every method that can; every choice of pruning and group."""
+    found = dict(SHIPPED)
+    pruned = {recipe.method for recipe in SHIPPED.values() if recipe.nm is not None}
     for recipe in SHIPPED.values():
+        if METHODS[recipe.method].nm_use == "optional" and recipe.method not in pruned:
+            found[f"{recipe.name}-4-8"] = recipe.override(["nm=4:8"])
+    seen = set()
+    for recipe in list(found.values()):
         fields = METHODS[recipe.method].Opt.model_fields
         for option in ("pruning", "group"):
-            if option in fields and (recipe.method, option) not in seen:
-                seen.add((recipe.method, option))
+            key = (recipe.method, option)
+            means_something = option in fields and (option == "group" or recipe.nm is not None)
+            if means_something and key not in seen:
+                seen.add(key)
                 for choice in get_args(fields[option].annotation):
                     changed = recipe.override([f"options.{option}={choice}"])
-                    if changed != recipe:
+                    if choice != fields[option].default:
                         found[f"{recipe.name}-{choice}"] = changed
     return found
 
@@ -37,8 +45,8 @@ def variants():
 RECIPES = variants()
 
 
-def build(recipe):
-    return make_method(recipe.method, recipe.options, SETTINGS)
+def build(recipe, settings=SETTINGS):
+    return make_method(recipe.method, recipe.options, settings)
 
 
 @cache
@@ -131,16 +139,47 @@ def test_same_input_same_output(name, case):
 
 
 def test_the_number_of_threads_does_not_change_the_file(name):
-    W, stats = problem("plain")
+    assert_threads_do_not_matter(RECIPES[name], *problem("plain"), SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_number_of_threads_does_not_change_a_larger_file(method):
+    """Large enough for torch and its libraries to share the work out among threads."""
+    recipe = next(recipe for recipe in SHIPPED.values() if recipe.method == method)
+    assert_threads_do_not_matter(recipe, *large_problem(), Settings())
+
+
+def assert_threads_do_not_matter(recipe, W, stats, settings):
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(build(RECIPES[name]).compress(W, stats, RECIPES[name].nm))
+            results.append(build(recipe, settings).compress(W, stats, recipe.nm))
     finally:
         torch.set_num_threads(threads)
     assert_same_file(*results)
+
+
+@pytest.mark.parametrize("blocksize", [32, 1024])
+def test_any_group_size_up_to_the_whole_row(name, blocksize):
+    W, stats = problem("ragged")
+    recipe = RECIPES[name]
+    settings = Settings(blocksize=blocksize)
+    result = build(recipe, settings).compress(W, stats, recipe.nm)
+    assert torch.isfinite(result.dequantize()).all()
+    assert torch.equal(unpack(*pack(result)).dequantize(), result.dequantize())
+    pruning = recipe.options.get("pruning", "semi-structured")
+    if recipe.nm is not None and pruning == "semi-structured":
+        assert torch.equal(result.kept.sum(1), torch.full((24,), kept_of(recipe.nm, 92)))
+    if isinstance(result, CompressedLinear) and "group" not in recipe.options:
+        groups = 1 if recipe.method == "xnor" else math.ceil(92 / blocksize)
+        assert result.levels.params.shape[1] == groups
+
+
+def kept_of(nm, cols):
+    return nm[0] * (cols // nm[1]) + min(nm[0], cols % nm[1])
 
 
 @pytest.mark.parametrize("case", ["plain", "ragged", "dead_columns"])
@@ -149,12 +188,10 @@ def test_loss_is_not_above_that_of_rounding_at_the_same_bits(name, case):
     if not isinstance(result, CompressedLinear):
         assert result.record["loss"] < 1  # less than that of all zeros
         return
-    layout, _ = pack(result)
-    columns = result.salient if result.salient is not None and result.salient.dim() == 1 else None
-    bits = bit_report(layout, 0 if columns is None else int(columns.sum())).paper_bits
+    bits = PackedLinear.from_compressed(result, None, torch.float32).bits().paper_bits
     if RECIPES[name].method == "gptq" and bits == 1:
         pytest.skip("with errors as large as the grid nothing speaks for absorbing them")
-    whole_rows = layout.group_size >= layout.cols
+    whole_rows = result.group_size >= result.shape[1]
     rounding = RECIPES["rtn-1-row"] if whole_rows else SHIPPED["rtn-1"]
     options = {**rounding.options, "bits": max(1, math.floor(bits))}
     rtn = make_method("rtn", options, SETTINGS).compress(*problem(case))

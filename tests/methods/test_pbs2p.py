@@ -6,6 +6,7 @@ from problems import problem
 
 from subbit.errors import RecipeError
 from subbit.methods import Settings, make_method
+from subbit.packed.linear import PackedLinear
 
 SETTINGS = Settings(blocksize=64)
 
@@ -27,6 +28,44 @@ def test_spbo_beats_pruning_once_and_binarising():
 
 def test_the_hessian_beats_magnitude_and_random_masks():
     assert loss() < loss(fine_metric="magnitude") < loss(fine_metric="random")
+
+
+@pytest.mark.parametrize("method", ["pbs2p", "pbs2p-plus"])
+def test_freer_masks_lose_less(method):
+    """Table 4d: semi-structured pruning stands between unstructured and structured."""
+    W, stats = problem("plain")
+    losses = []
+    for pruning in ("unstructured", "semi-structured", "structured"):
+        maker = make_method(method, {"pruning": pruning}, SETTINGS)
+        result = maker.compress(W, stats, (4, 8))
+        losses.append(result.record["loss"])
+        assert float(result.kept.float().mean()) == pytest.approx(0.5)
+        if method == "pbs2p":
+            bits = PackedLinear.from_compressed(result, None, W.dtype).bits()
+            share = result.salient_share
+            if pruning == "structured":  # every salient column is kept
+                assert bits.paper_bits == pytest.approx(0.5 + share)
+            else:  # Eq. 10, as if salient columns kept no more than others
+                assert bits.paper_bits == pytest.approx(0.5 * (1 + share))
+    assert losses == sorted(losses)
+
+
+def test_wanda_compares_within_a_row():
+    kept = run(pruning="unstructured", fine_metric="wanda").kept[:, :128].sum(1)
+    assert (kept == 64).all()  # of two blocks
+    assert len(run(pruning="unstructured").kept.sum(1).unique()) > 1
+
+
+def test_unstructured_levels_fit_int8():
+    W, stats = problem("plain")
+    settings = Settings(blocksize=128, levels="int8")
+    result = make_method("pbs2p", {"pruning": "unstructured"}, settings).compress(W, stats, (4, 8))
+    packed = PackedLinear.from_compressed(result, None, W.dtype)
+    x = torch.randn(3, 160, generator=torch.Generator().manual_seed(0))
+    wanted, bits = packed(x), packed.bits()
+    packed.set_backend("cpu")
+    assert torch.allclose(packed(x), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    assert packed.bits() == bits
 
 
 def test_more_kept_weights_lose_less():
@@ -54,6 +93,8 @@ def test_exact_compensation_beats_the_diagonal():
         {"split_points": 3},
         {"split_grid": (0.3, 0.4, 5)},
         {"sigma": 1.3},
+        {"pruning": "unstructured"},
+        {"pruning": "structured"},
         {"groups_from": "full"},
         {"objective": "schur"},
     ],

@@ -32,6 +32,13 @@ def test_with_everything_off_it_is_pbs2p(name):
     assert plain.record == off.record
 
 
+@pytest.mark.parametrize("pruning", ["unstructured", "structured"])
+def test_with_everything_off_it_is_pbs2p_whatever_is_pruned(pruning):
+    plain, off = run(method="pbs2p", pruning=pruning), run(pruning=pruning, **OFF)
+    assert torch.equal(plain.codes, off.codes) and plain.structured == off.structured
+    assert plain.record == off.record
+
+
 @pytest.mark.parametrize("nm", [(6, 8), (4, 8)])
 def test_the_ablation_table_goes_down(nm):
     rows = [

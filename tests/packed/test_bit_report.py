@@ -37,6 +37,18 @@ def test_paper_bits():
     assert bit_report(ternary).paper_bits == pytest.approx(log2(3))
 
 
+def test_paper_bits_where_single_weights_or_whole_columns_are_pruned():
+    free = Layout(64, 128, 128, None, True, ("pairs", 3), ("residual", 1))
+    share = 16 / 128
+    assert bit_report(free, 16, 0.5).paper_bits == pytest.approx((1 + share) / 2)
+    assert bit_report(free, 16).paper_bits == pytest.approx(1 + share)
+    columns = replace(free, zeros=False, kept_columns=64)
+    assert bit_report(columns, 16).paper_bits == pytest.approx((64 + 16) / 128)  # all 16 are kept
+    assert bit_report(columns, 16).salient_share == share
+    assert bit_report(columns, 16).floor["second_sign"] == pytest.approx(16 / 128)
+    assert bit_report(columns, 16, 0.1).paper_bits == bit_report(columns, 16).paper_bits
+
+
 def test_floor_of_the_paper_structure():
     share = 1024 / 4096
     floor = bit_report(PAPER, 1024).floor

@@ -5,15 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subbit.binarize.arb import refine
 from subbit.binarize.salient import search_salient, search_salient_scores
+from subbit.binarize.spbo import binarize_part
 from subbit.binarize.split import (
     label_groups,
     peak_candidates,
     quantile_candidates,
     search_splits,
+    search_splits_on_inputs,
 )
 
 __all__ = ["Groups", "Split", "group_scores", "group_weights"]
+
+_ITERATIONS = 15  # of ARB on the salient scores, whatever the method's own number
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,20 @@ def group_weights(
     return Groups(salient, labels, split.points + 1, 1 + split_salient)
 
 
-def group_scores(score: Tensor, *, limit: int, split: Split, split_salient: bool) -> Groups:
+def group_scores(
+    score: Tensor, *, limit: int, split: Split, split_salient: bool, S: Tensor | None = None
+) -> Groups:
     """Group a block as published code does: everything is searched on the score matrix.
 
     The split points of the ordinary weights are quantiles of the whole block, its salient columns
-    taken as zeros; those of the salient weights are quantiles of these alone.
+    taken as zeros; those of the salient weights are quantiles of these alone that are not zero. A
+    score at a split point belongs above it.
 
     Args:
         score: importance of the weights, float32 `(rows, b)`, >= 0.
         limit, split, split_salient: as in `group_weights`.
+        S: the quadratic form `(b, b)` in which the ordinary split's error of the whole block
+            counts (ARB-X); None = squared error.
     """
     salient = search_salient_scores(score, limit)
     labels = torch.zeros_like(score, dtype=torch.uint8)
@@ -105,10 +115,21 @@ def group_scores(score: Tensor, *, limit: int, split: Split, split_salient: bool
         candidates = quantile_candidates(
             values, pool, points=how.points, grid=how.grid, sigma=how.sigma
         )
-        splits = search_splits(values, support, candidates, planes=planes, means=planes)
+        candidates = candidates.nextafter(torch.full_like(candidates, -torch.inf))
+        if S is None or planes > 1:
+            splits = search_splits(values, support, candidates, planes=planes, means=planes)
+        else:
+            rest = _salient_residual(score, salient)
+            splits = search_splits_on_inputs(values, support, candidates, rest, S)
         labels[:, columns] = label_groups(score[:, columns], splits)
 
     label(~salient, split, 1, torch.ones_like(salient))
     if split_salient and bool(salient.any()):
-        label(salient, Split(1, split.grid, split.sigma), 2, salient)
+        label(salient, Split(1, split.grid, split.sigma), 2, salient & (score > 0))
     return Groups(salient, labels, split.points + 1, 1 + split_salient)
+
+
+def _salient_residual(score: Tensor, salient: Tensor) -> Tensor:
+    """What ARB's two planes leave of the scores of the salient columns, 0 elsewhere."""
+    part = binarize_part(score, salient.expand_as(score), 2, means=2)
+    return score * salient - refine(score, part, _ITERATIONS).dense()

@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor
 
-__all__ = ["search_salient", "search_salient_scores"]
+__all__ = ["column_limit", "search_salient", "search_salient_scores"]
 
+_COLUMNS = 128  # of the papers' blocks; the same share of larger, smaller and last ones
 _STRIPE = 64  # rows whose binarisations for all counts are held at once
+
+
+def column_limit(most: int, width: int) -> int:
+    """How many salient columns a block of `width` columns may have: `most` of every 128."""
+    return most * width // _COLUMNS
 
 
 def search_salient(W: Tensor, score: Tensor, support: Tensor, limit: int) -> Tensor:

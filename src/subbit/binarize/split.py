@@ -4,8 +4,15 @@ import torch
 from torch import Tensor
 
 from subbit.binarize.intervals import SortedRows
+from subbit.binarize.spbo import binarize_part
 
-__all__ = ["label_groups", "peak_candidates", "quantile_candidates", "search_splits"]
+__all__ = [
+    "label_groups",
+    "peak_candidates",
+    "quantile_candidates",
+    "search_splits",
+    "search_splits_on_inputs",
+]
 
 _INTERVALS_AT_ONCE = 1 << 19  # rows x intervals that are measured together
 
@@ -87,6 +94,32 @@ def search_splits(
         ends = torch.cat((ends, rows.count), 1)
         explained += rows.explained(ends[:, lo], ends[:, hi], planes, means).sum(0)
     return candidates[int(explained[which].sum(1).argmax())]
+
+
+def search_splits_on_inputs(
+    values: Tensor, support: Tensor, candidates: Tensor, rest: Tensor, S: Tensor
+) -> Tensor:
+    """Choose the split points by the error `tr(R S R^T)` of the whole block (published ARB-X).
+
+    Args:
+        values: float32 `(rows, b)`; support: bool `(rows, b)`: the values that are grouped, each
+            group of a row binarised in one plane with a mean.
+        candidates: `(candidates, points)`, ascending in each row.
+        rest: float32 `(rows, b)`: the residual off the support, 0 on it.
+        S: float32 `(b, b)`.
+
+    Returns:
+        float32 `(points,)`: the best candidate, the first one on a tie.
+    """
+
+    def error(splits: Tensor) -> float:
+        group = torch.arange(len(splits) + 1, device=values.device)[:, None, None]
+        groups = (label_groups(values, splits) == group) & support
+        R = rest + values * support - binarize_part(values, groups, 1).dense().sum(0)
+        return float(((R @ S) * R).sum(-1, dtype=torch.float64).sum())
+
+    errors = [error(splits) for splits in candidates]
+    return candidates[errors.index(min(errors))]
 
 
 def label_groups(values: Tensor, splits: Tensor) -> Tensor:

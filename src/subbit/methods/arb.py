@@ -52,6 +52,10 @@ class ARB(GroupedMethod):
     def mean(self) -> bool:
         return self.options.variant != "arb-rc"
 
+    @property
+    def published_on_inputs(self) -> bool:
+        return self.options.variant == "arb-x"
+
     def _check_int8(self) -> None:
         super()._check_int8()
         if self.options.variant == "arb-rc":

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from subbit.binarize.spbo import Part, binarize_part
 from subbit.linalg import BlockView
-from subbit.methods.grouped import GroupedMethod, GroupedOptions, Pruning
+from subbit.methods.grouped import GroupedMethod, GroupedOptions, When
 
 __all__ = ["BiLLM", "BiLLMOptions"]
 
@@ -36,7 +36,7 @@ class BiLLM(GroupedMethod):
     options: BiLLMOptions
 
     @property
-    def pruning(self) -> Pruning:
+    def when(self) -> When:
         return "before" if self.options.mask_first else "inside"
 
     @property

@@ -58,13 +58,14 @@ class GPTQ(Method):
 
 @dataclass(frozen=True)
 class _Rounded:
-    """A block as level indices `(rows, b)` of one grid, float16 `(rows, 2)`."""
+    """A block's level indices `(rows, b)` of one grid, float16 `(rows, 2)`, and its weights."""
 
     index: Tensor
     params: Tensor
+    W: Tensor
 
     def dense(self) -> Tensor:
-        return grid_values(self.index, self.params)
+        return self.W
 
 
 def _round_block(block: BlockView, bits: int, whole: Tensor | None) -> _Rounded:
@@ -75,5 +76,4 @@ def _round_block(block: BlockView, bits: int, whole: Tensor | None) -> _Rounded:
         index[:, j] = round_to_grid(W[j], params, 2**bits)
         return grid_values(index[:, j], params)
 
-    sweep_columns(block, replace)
-    return _Rounded(index, params)
+    return _Rounded(index, params, sweep_columns(block, replace))

@@ -9,20 +9,27 @@ from pydantic import Field
 from torch import Tensor
 
 from subbit.binarize.groups import Groups, Split, group_scores, group_weights
+from subbit.binarize.salient import column_limit
 from subbit.codes import CompressedLinear
 from subbit.errors import RecipeError
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, FittedPart, as_stored, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
-from subbit.prune import METRICS, Scorer, keep_mask
+from subbit.prune import METRICS, PRUNING, Scorer, select, structure
 
-__all__ = ["GroupedMethod", "GroupedOptions", "Pruning"]
+__all__ = ["GroupedMethod", "GroupedOptions", "When"]
 
-Pruning = Literal["before", "inside", "after"]
+When = Literal["before", "inside", "after"]
 
 
 class GroupedOptions(Options):
     """Options of every grouped binarisation.
+
+    Where there is an N:M, `fine_metric` and `pruning` say which weights go. `split_points` part
+    the ordinary weights in groups, one more than there are points; each point is the one before it
+    times `sigma`.
+
+    `salient_max` is of 128 columns, in other blocks the same share (with `published` the number).
 
     With `published` the groups are searched as the published code does, which leaves `split_grid`
     without effect, and pruned weights are filled in again, as they are there.
@@ -30,7 +37,10 @@ class GroupedOptions(Options):
 
     published: bool = False
     fine_metric: Literal[METRICS] = "wanda"
+    pruning: Literal[PRUNING] = "semi-structured"
     salient_max: int = Field(50, ge=0)
+    split_points: int = Field(1, ge=0, le=3)
+    sigma: float = Field(2.0, gt=1.0)
     split_grid: tuple[float, float, int] = (0.1, 0.9, 9)
 
 
@@ -48,6 +58,7 @@ class GroupedMethod(Method):
     published_grid: ClassVar[tuple[float, float, int]] = (0.1, 0.9, 81)
     mean: ClassVar[bool] = True
     split_salient: ClassVar[bool] = False
+    published_on_inputs: ClassVar[bool] = False  # the published split search's error
 
     @property
     def metric(self) -> str:
@@ -55,7 +66,7 @@ class GroupedMethod(Method):
         return self.options.fine_metric
 
     @property
-    def pruning(self) -> Pruning:
+    def when(self) -> When:
         """Mask the weights before anything else, block by block inside the loop, or after it."""
         return "inside"
 
@@ -63,7 +74,16 @@ class GroupedMethod(Method):
     def split(self) -> Split:
         """The split points of the ordinary weights."""
         o = self.options
-        return Split(1, self.published_grid if o.published else o.split_grid)
+        grid = self.published_grid if o.published else o.split_grid
+        return Split(o.split_points, grid, o.sigma)
+
+    def check_nm(self, nm: tuple[int, int] | None) -> None:
+        super().check_nm(nm)
+        if nm is None and self.options.pruning != "semi-structured":
+            raise RecipeError(
+                f"method '{self.name}' with pruning {self.options.pruning} must know the share to "
+                "keep; give it nm, such as nm: '4:8'"
+            )
 
     def _check_int8(self) -> None:
         super()._check_int8()
@@ -84,24 +104,28 @@ class GroupedMethod(Method):
         record = damping_record(factor)
         size = self.settings.blocksize
         scorer = self._scorer(W, factor, stats)
-        when = None if nm is None else "before" if self.options.published else self.pruning
+        pruning = self.options.pruning
+        when = None if nm is None else "before" if self.options.published else self.when
         mask = torch.ones_like(W, dtype=torch.bool)
         if when == "before":
-            mask = keep_mask(scorer.score(W), nm)
+            mask = select(scorer.score(W), nm, pruning, by_row=scorer.by_row)
             W = W * mask
             if self.options.published:
                 mask, nm = torch.ones_like(mask), None
 
         def compress_block(block: BlockView) -> CodedBlock:
-            inside = when == "inside"
-            keep = keep_mask(scorer(block), nm) if inside else mask[:, block.start : block.stop]
+            keep = mask[:, block.start : block.stop]
+            if when == "inside":
+                keep = select(scorer(block), nm, pruning, by_row=scorer.by_row)
             return as_stored(self._compress_block(block, keep), self.settings.levels)
 
         blocks = run_blocks(W, factor, size, compress_block)
-        result = assemble(blocks, size, nm, record, dtype=self.level_dtype)
+        kept, whole = structure(nm, pruning)
+        result = assemble(blocks, size, kept, record, structured=whole, dtype=self.level_dtype)
         if when == "after":
             W_hat = result.dequantize()
-            keep = keep_mask(self._scorer(W_hat, factor, stats).score(W_hat), nm)
+            scores = self._scorer(W_hat, factor, stats).score(W_hat)
+            keep = select(scores, nm, pruning, by_row=scorer.by_row)
             result = replace(result, codes=result.codes * keep)
         return result
 
@@ -127,13 +151,13 @@ class GroupedMethod(Method):
                 limit=max(o.salient_max - 1, 0),
                 split=self.split,
                 split_salient=self.split_salient,
+                S=block.S if self.published_on_inputs else None,
             )
-        width = block.stop - block.start  # the last block may be shorter: same share of columns
         return group_weights(
             block.W,
             score,
             keep,
-            limit=o.salient_max * width // self.settings.blocksize,
+            limit=column_limit(o.salient_max, block.stop - block.start),
             split=self.split,
             split_salient=self.split_salient,
         )

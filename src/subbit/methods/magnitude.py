@@ -13,4 +13,3 @@ class Magnitude(ScorePruning):
     year = 2015
     summary = "keeps the largest weights; looks at no input"
     metric = "magnitude"
-    by_row = False

@@ -89,18 +89,15 @@ def _code_block(block: BlockView, salient: Tensor, grid: Tensor) -> _Block:
     mean = (block.W.abs() * binary).sum(1) / binary.sum(1).clamp_min(1)
     alpha = mean.half()
     codes = torch.empty_like(salient, dtype=torch.uint8)
-    kept = torch.empty_like(block.W)
 
     def replace(W: Tensor, j: int) -> Tensor:
         index = round_to_grid(W[j], grid, _LEVELS)
         positive = W[j] >= 0
         value = torch.where(positive, alpha.float(), -alpha.float())
         codes[:, j] = 1 + torch.where(salient[:, j], index, positive.float()).to(torch.uint8)
-        kept[:, j] = torch.where(salient[:, j], grid_values(index, grid), value)
-        return kept[:, j]
+        return torch.where(salient[:, j], grid_values(index, grid), value)
 
-    sweep_columns(block, replace)
-    return _Block(codes, alpha.unsqueeze(1), kept)
+    return _Block(codes, alpha.unsqueeze(1), sweep_columns(block, replace))
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:

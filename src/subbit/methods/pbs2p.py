@@ -7,12 +7,13 @@ from pydantic import Field
 from torch import Tensor
 
 from subbit.binarize.groups import Split, group_weights
+from subbit.binarize.salient import column_limit
 from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_block
 from subbit.methods.base import LinearStats, Method, Options, damping_record
-from subbit.prune import Scorer, ranks_in_groups
+from subbit.prune import BY_ROW, PRUNING, Scorer, pruning_ranks, structure
 
 __all__ = ["PBS2P", "PBS2POptions"]
 
@@ -24,6 +25,7 @@ class PBS2POptions(Options):
     """
 
     fine_metric: Literal["hessian", "wanda", "magnitude", "si", "random"] = "hessian"
+    pruning: Literal[PRUNING] = "semi-structured"
     hessian_score: Literal["cholesky", "printed", "obs"] = "cholesky"
     spbo: bool = True
     tau: int = Field(10, ge=0)
@@ -70,7 +72,14 @@ class PBS2P(Method):
             compensation=o.compensation,
             objective=o.objective,
         )
-        return assemble(blocks, self.settings.blocksize, nm, damping_record(factor))
+        return self._assembled(blocks, nm, factor)
+
+    def _assembled(
+        self, blocks: list[CodedBlock], nm: tuple[int, int], factor: Factor
+    ) -> CompressedLinear:
+        nm, whole = structure(nm, self.options.pruning)
+        size = self.settings.blocksize
+        return assemble(blocks, size, nm, damping_record(factor), structured=whole)
 
     def _scorer(self, W: Tensor, factor: Factor, stats: LinearStats) -> Scorer:
         """The fine stage's metric on this linear."""
@@ -85,18 +94,22 @@ class PBS2P(Method):
             name=stats.name,
         )
 
+    def _ranks(self, score: Tensor, nm: tuple[int, int]) -> Tensor:
+        """In which of the M - 1 steps each weight of a block goes."""
+        o = self.options
+        return pruning_ranks(score, nm, o.pruning, by_row=o.fine_metric in BY_ROW)
+
     def _compress_block(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         o, (n, m) = self.options, nm
-        ranks = ranks_in_groups(score, m)
+        ranks = self._ranks(score, nm)
         keep = ranks >= m - n
         counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
-        width = block.stop - block.start  # the last block may be shorter: same share of columns
-        limit = o.salient_max * width // self.settings.blocksize if o.salient else 0
+        most = o.salient_max if o.salient else 0
         groups = group_weights(
             block.W,
             score,
             counted,
-            limit=limit,
+            limit=column_limit(most, block.stop - block.start),
             split=Split(o.split_points, o.split_grid, o.sigma),
             split_salient=False,
         )

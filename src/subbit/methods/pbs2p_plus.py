@@ -10,10 +10,9 @@ from subbit.binarize.levels import fit_levels, fit_scale
 from subbit.binarize.refine import Coding, refine
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, as_stored, assemble
-from subbit.methods.base import LinearStats, damping_record
+from subbit.methods.assemble import CodedBlock, as_stored
+from subbit.methods.base import LinearStats
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
-from subbit.prune import keep_mask
 
 __all__ = ["PBS2PPlus", "PBS2PPlusOptions"]
 
@@ -29,7 +28,8 @@ class PBS2PPlusOptions(PBS2POptions):
             block; "binary": -alpha and alpha; "ternary": -alpha, 0 and alpha, of which the zeros
             come on top of those of N:M.
         sweeps: joint level solves and descent sweeps in every block.
-        remask: let kept and pruned weights of a group change places during the descent.
+        remask: let kept and pruned weights of M consecutive columns change places during the
+            descent; not where whole columns are pruned.
         passes: sweeps over all blocks of the row afterwards, with the whole H, each block against
             its conditional target.
     """
@@ -86,13 +86,14 @@ class PBS2PPlus(PBS2P):
         if o.passes:
             W = W.masked_fill(factor.dead, 0.0)
             blocks = self._pass_over_all(W, factor.damped(), fitted, nm)
-        return assemble(blocks, settings.blocksize, stored_nm, damping_record(factor))
+        return self._assembled(blocks, stored_nm, factor)
 
     def _start(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
         codebook, count = self.options.codebook, self.options.free_levels
         if codebook == "groups":
             return self._compress_block(block, score, nm)
-        keep, weight = keep_mask(score, nm), block.S.diagonal()
+        n, m = nm
+        keep, weight = self._ranks(score, nm) >= m - n, block.S.diagonal()
         if codebook == "free":
             codes, params = fit_levels(block.W, keep, count, weight)
             kind = "free"
@@ -107,7 +108,8 @@ class PBS2PPlus(PBS2P):
     ) -> CodedBlock:
         if sweeps == 0:
             return block
-        coding = refine(target, S, coding_of(block), nm, sweeps=sweeps, remask=self.options.remask)
+        remask = self.options.remask and self.options.pruning != "structured"  # columns stay whole
+        coding = refine(target, S, coding_of(block), nm, sweeps=sweeps, remask=remask)
         return coded(coding, block)
 
     def _pass_over_all(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from subbit.codes import SparseLinear
 from subbit.methods.base import LinearStats, Method, Options
-from subbit.prune import Scorer, select
+from subbit.prune import PRUNING, Scorer, select, structure
 
 __all__ = ["PruningOptions", "ScorePruning", "sparse_linear"]
 
@@ -19,7 +19,7 @@ class PruningOptions(Options):
         pruning: N of every M weights, any weights, or whole columns; the same share N / M.
     """
 
-    pruning: Literal["semi-structured", "unstructured", "structured"] = "semi-structured"
+    pruning: Literal[PRUNING] = "semi-structured"
 
 
 class ScorePruning(Method):
@@ -27,17 +27,15 @@ class ScorePruning(Method):
 
     Attributes:
         metric: the score, one of `prune.METRICS`.
-        by_row: unstructured pruning keeps the same number in every row.
     """
 
     metric: ClassVar[str]
-    by_row: ClassVar[bool]
     Opt = PruningOptions
     options: PruningOptions
 
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None) -> SparseLinear:
         scorer = Scorer(self.metric, W, stats.H, seed=self.settings.seed, name=stats.name)
-        mask = select(scorer.score(W), nm, self.options.pruning, by_row=self.by_row)
+        mask = select(scorer.score(W), nm, self.options.pruning, by_row=scorer.by_row)
         return sparse_linear(W, mask, nm, self.options.pruning, {})
 
 
@@ -58,7 +56,4 @@ def sparse_linear(
         float((kept - choice.float()).square().sum(dtype=torch.float64)) for choice in choices
     ]
     values = choices[0] if errors[0] <= errors[1] else choices[1]
-    semi = pruning == "semi-structured"
-    return SparseLinear(
-        values, mask.contiguous(), nm if semi else None, pruning == "structured", record
-    )
+    return SparseLinear(values, mask.contiguous(), *structure(nm, pruning), record)

@@ -13,4 +13,3 @@ class RandomMask(ScorePruning):
     year = 2025
     summary = "keeps weights at random"
     metric = "random"
-    by_row = False

@@ -58,7 +58,6 @@ class _PrunedBlock:
 
 def _prune_block(block: BlockView, nm: tuple[int, int], pruning: str) -> _PrunedBlock:
     diagonal = block.U.diagonal()
-    kept = torch.empty_like(block.W)
     mask = torch.empty_like(block.W, dtype=torch.bool)
     step = nm[1] if pruning == "semi-structured" else block.W.shape[1]
 
@@ -67,8 +66,6 @@ def _prune_block(block: BlockView, nm: tuple[int, int], pruning: str) -> _Pruned
             columns = slice(j, j + step)
             score = (W[columns] / diagonal[columns, None]).square().T
             mask[:, columns] = select(score, nm, pruning, by_row=False)
-        kept[:, j] = W[j] * mask[:, j]
-        return kept[:, j]
+        return W[j] * mask[:, j]
 
-    sweep_columns(block, replace)
-    return _PrunedBlock(kept, mask)
+    return _PrunedBlock(sweep_columns(block, replace), mask)

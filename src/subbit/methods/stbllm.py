@@ -1,5 +1,6 @@
 """STBLLM: structured binarisation below one bit (Dong et al., 2025)."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from torch import Tensor
 from subbit.binarize.groups import Split
 from subbit.binarize.spbo import Part, binarize_part
 from subbit.linalg import BlockView
-from subbit.methods.grouped import GroupedMethod, GroupedOptions, Pruning
+from subbit.methods.grouped import GroupedMethod, GroupedOptions, When
 from subbit.prune import METRICS
 
 __all__ = ["STBLLM", "STBLLMOptions"]
@@ -25,7 +26,7 @@ class STBLLMOptions(GroupedOptions):
     fine_metric: Literal[METRICS] = "si"
     order: Literal["prune-then-quantise", "quantise-then-prune"] = "prune-then-quantise"
     search: Literal["trisection", "naive"] = "trisection"
-    sigma: float = Field(2.0, gt=1.0)
+    split_points: int = Field(2, ge=0, le=3)
     split_grid: tuple[float, float, int] = (0.1, 0.9, 160)
 
 
@@ -49,7 +50,7 @@ class STBLLM(GroupedMethod):
         return "ria" if self.options.published else self.options.fine_metric
 
     @property
-    def pruning(self) -> Pruning:
+    def when(self) -> When:
         return "inside" if self.options.order == "prune-then-quantise" else "after"
 
     @property
@@ -58,9 +59,8 @@ class STBLLM(GroupedMethod):
 
     @property
     def split(self) -> Split:
-        o = self.options
-        grid = self.published_grid if o.published else o.split_grid
-        return Split(2, grid, o.sigma if o.search == "trisection" else float("inf"))
+        tied = super().split
+        return tied if self.options.search == "trisection" else replace(tied, sigma=float("inf"))
 
     def _fit(self, block: BlockView, columns: Tensor, support: Tensor, planes: int) -> Part:
         means = planes if self.mean else 0

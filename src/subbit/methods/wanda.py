@@ -17,4 +17,3 @@ class Wanda(ScorePruning):
     year = 2023
     summary = "keeps the largest |weight| x input norm; weights unchanged"
     metric = "wanda"
-    by_row = True

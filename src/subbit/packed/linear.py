@@ -140,12 +140,14 @@ class PackedLinear(nn.Module):
 
     def bits(self) -> BitReport:
         """How many bits a weight of this linear takes."""
+        layout, kept = self.layout, None
+        if getattr(layout, "zeros", False):  # only the codes tell how many weights are pruned
+            kept = float(self.compressed().kept.float().mean())
         if self.backend == "cpu":
-            return bit_report(self.layout, int(self.flags.count_nonzero()))
+            return bit_report(layout, int(self.flags.count_nonzero()), kept)
         salient = self.fields().get("salient")
-        if salient is None:
-            return bit_report(self.layout)
-        return bit_report(self.layout, int(unpack_bits(salient[None], 1, self.layout.cols).sum()))
+        columns = 0 if salient is None else int(unpack_bits(salient[None], 1, layout.cols).sum())
+        return bit_report(layout, columns, kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""

@@ -76,8 +76,16 @@ class ModelBits:
     file_bits: float
 
 
-def bit_report(layout: AnyLayout, salient_columns: int = 0) -> BitReport:
+def bit_report(
+    layout: AnyLayout, salient_columns: int = 0, kept_share: float | None = None
+) -> BitReport:
     """Count the bits of one linear of which `salient_columns` columns are salient.
+
+    Args:
+        layout: of the linear.
+        salient_columns: how many columns are salient.
+        kept_share: share of weights that are not pruned; matters only where single weights are
+            (`zeros`), which the layout does not count. None = all are counted.
 
     Raises:
         ValueError: more salient columns than columns, or any where no columns can be salient.
@@ -95,7 +103,7 @@ def bit_report(layout: AnyLayout, salient_columns: int = 0) -> BitReport:
         weights=weights,
         field_bytes={name: field.nbytes for name, field in layout.fields().items()},
         salient_share=share,
-        paper_bits=16 * _density(layout) if sparse else _paper_bits(layout, share),
+        paper_bits=16 * _density(layout) if sparse else _paper_bits(layout, share, kept_share),
         floor=_sparse_floor(layout) if sparse else _floor(layout, share),
     )
 
@@ -133,21 +141,26 @@ def _density(layout: SparseLayout) -> float:
 
 
 def _shares(layout: Layout, share: float) -> list[tuple[Table, float]]:
-    """Each level table and the share of weights that it serves."""
+    """Each level table and the share of kept weights that it serves."""
+    if layout.kept_columns is not None:  # salient columns are among those that are kept
+        share = min(1.0, share * layout.cols / layout.kept_columns)
     return list(zip(layout.tables(), (1 - share, share), strict=False))
 
 
-def _paper_bits(layout: Layout, share: float) -> float:
+def _paper_bits(layout: Layout, share: float, kept_share: float | None) -> float:
     """Signs (and trits) are counted, group labels are not; "free" levels as log2 of their number.
 
     So 2-bit round-to-nearest is 2, as its papers say, and a level that is zero counts as one.
     """
     bits = 0.0
+    counted = layout.zeros and kept_share is not None
+    density = kept_share if counted else layout.support.share
     for table, weight in _shares(layout, share):
         signs = log2(prod(LEVEL_KINDS[table.kind].radices))
         whole = table.integer_bits if table.kind == "grid" and not layout.zeros else 0
-        bits += weight * (signs or whole or log2(table.groups + layout.zeros))
-    return bits * layout.support.share
+        levels = whole or log2(table.groups + layout.zeros)
+        bits += weight * (signs * density if signs else levels * layout.support.share)
+    return bits
 
 
 def _floor(layout: Layout, share: float) -> dict[str, float]:

@@ -8,9 +8,11 @@ from torch import Tensor
 from subbit.errors import RecipeError, nearest
 from subbit.linalg import BlockView, Factor
 
-__all__ = ["METRICS", "Scorer", "standardized_importance"]
+__all__ = ["BY_ROW", "METRICS", "Scorer", "standardized_importance"]
 
 METRICS = ("hessian", "wanda", "magnitude", "si", "ria", "random")
+BY_ROW = ("wanda",)
+"""Scores that are compared within a row where pruning is unstructured: Wanda finds it to matter."""
 
 
 class Scorer:
@@ -26,6 +28,9 @@ class Scorer:
             (`w^2 / U_qq^2`, SparseGPT's and BiLLM's), "printed" (`w^2 / [H^-1]_qq^2`, PBS2P 3.3
             to the letter), or "obs" (`w^2 / 2 [H^-1]_qq`, PBS2P Theorem 3.1).
         seed, name: with "random", the draw depends on both and on nothing else.
+
+    Attributes:
+        by_row: whether the metric is one of `BY_ROW`.
 
     Raises:
         RecipeError: unknown metric or reading.
@@ -45,6 +50,7 @@ class Scorer:
         if metric not in METRICS:
             raise RecipeError(f"unknown fine_metric '{metric}'{nearest(metric, METRICS)}")
         self.metric = metric
+        self.by_row = metric in BY_ROW
         self._input_norm = H.diagonal().clamp_min(0).sqrt()
         if metric == "hessian":
             if factor is None:

@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["bits_in_words", "linears_table", "number", "show", "table"]
+__all__ = ["bits_in_words", "linears_table", "number", "show", "span", "table"]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> Table:
@@ -35,6 +35,12 @@ def show(made: Table) -> None:
 def number(value: float | None, spell: Callable[[float], str]) -> str:
     """Return `spell(value)`, or a dash for an unknown value."""
     return "–" if value is None else spell(value)
+
+
+def span(values: Sequence[float]) -> str:
+    """Return the smallest and the largest of some numbers, or the one that there is."""
+    ends = dict.fromkeys(f"{end(values):.3f}" for end in (min, max))
+    return "–".join(ends)
 
 
 def linears_table(linears: Iterable[dict[str, Any]]) -> Table:

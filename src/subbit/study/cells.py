@@ -15,9 +15,10 @@ import torch
 
 from subbit.compression import compress
 from subbit.evaluate.perplexity import perplexity
-from subbit.hub.inspect import inspect_folder
+from subbit.hub.inspect import inspect_folder, read_config
 from subbit.hub.load import load, load_tokenizer
 from subbit.model.load import load_model
+from subbit.recipe import load_recipe
 from subbit.text import load_text, make_windows
 
 __all__ = ["Cell", "Protocol", "run_cell"]
@@ -49,7 +50,7 @@ class Cell:
     Attributes:
         name: file name of the cell's record.
         recipe: recipe name, or None for the original model.
-        overrides: changes to the recipe, as on the command line.
+        overrides: changes to the recipe, as on the command line; they go before the protocol.
     """
 
     name: str
@@ -65,25 +66,26 @@ def run_cell(
     say: Callable[[str], None] = print,
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """Return the cell's record, from `folder` where it is there already.
+    """Return the cell's record, from `folder` or a folder beside it where it is there already.
 
+    A cell is the same under any name in any study: same model name, recipe, changes and protocol.
     The packed model is written to disk, inspected, loaded from there, measured, and removed; an
     interrupted compression resumes.
 
     Args:
         model: what to compress, as for `compress`.
-        folder: where the records of the study are kept.
+        folder: where the records of the study are kept; beside it are those of other studies.
         say: told what happens.
         dtype: dtype the model is compressed and measured in, as for `compress`. Recorded, but not
             compared: a cell that was measured in another dtype is not measured again.
     """
     record_path = folder / f"{cell.name}.json"
     settings = {"model": Path(model).name, "cell": asdict(cell), "protocol": asdict(protocol)}
-    if record_path.exists():
-        record = json.loads(record_path.read_text())
-        if {key: record.get(key) for key in settings} == settings:
-            say(f"{cell.name}: already measured")
-            return record
+    known = _measured(settings, folder)
+    if known is not None:
+        path, record = known
+        say(f"{cell.name}: already measured" + _elsewhere(path, record_path))
+        return record | {"cell": settings["cell"]}
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{cell.name}: {cell.recipe or 'original'} {' '.join(cell.overrides)}")
     record = settings | {"environment": _environment()}
@@ -92,21 +94,12 @@ def run_cell(
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
         packed = folder / f"{cell.name}.model"
-        if not packed.exists():
-            compress(
-                model,
-                cell.recipe,
-                protocol.calibration,
-                out=packed,
-                nsamples=protocol.nsamples,
-                seqlen=protocol.seqlen,
-                dtype=dtype,
-                overrides=cell.overrides,
-            )
+        _compress(cell, model, protocol, packed, dtype)
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
         network, tokenizer = load(packed, dtype=dtype, keep_dense=True), load_tokenizer(packed)
+    record["vocabulary"] = network.config.vocab_size
     record["dtype"] = str(network.dtype).removeprefix("torch.")
     for name in ("wikitext2", "c4"):
         begun = time.monotonic()
@@ -118,6 +111,48 @@ def run_cell(
     if cell.recipe is not None:
         shutil.rmtree(folder / f"{cell.name}.model")
     return record
+
+
+def _compress(cell: Cell, model: str, protocol: Protocol, packed: Path, dtype: str) -> None:
+    """Make the packed folder, unless one of this very recipe was left there by a cut-off cell."""
+    calibration = [
+        f"calibration.source={protocol.calibration}",
+        f"calibration.nsamples={protocol.nsamples}",
+        f"calibration.seqlen={protocol.seqlen}",
+    ]
+    recipe = load_recipe(cell.recipe).override([*calibration, *cell.overrides])
+    if packed.exists():
+        if read_config(packed).recipe == recipe.model_dump(mode="json"):
+            return
+        shutil.rmtree(packed)
+    compress(model, recipe, out=packed, dtype=dtype)
+
+
+def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The record of the same cell and where it is, first of this study, then of the others."""
+    wanted = _identity(settings)
+    others = sorted(path for path in folder.parent.glob("*/*.json") if path.parent != folder)
+    own = folder / f"{settings['cell']['name']}.json"
+    for path in [own, *sorted(set(folder.glob("*.json")) - {own}), *others]:
+        try:
+            record = json.loads(path.read_text())
+            if _identity(record) == wanted:
+                return path, record
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not there, or no record of a cell
+    return None
+
+
+def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two cells the same, whatever they are called."""
+    cell = record["cell"]
+    return record["model"], cell["recipe"], sorted(cell["overrides"]), record["protocol"]
+
+
+def _elsewhere(path: Path, own: Path) -> str:
+    if path == own:
+        return ""
+    return f" as {path.stem}" if path.parent == own.parent else f" in {path.parent.name}"
 
 
 def _measure(name: str, network: Any, tokenizer: Any, protocol: Protocol) -> dict[str, Any]:

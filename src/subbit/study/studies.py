@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from subbit.errors import RecipeError, nearest
+from subbit.study.ablations import ABLATIONS
 from subbit.study.cells import Cell, Protocol
 
 __all__ = ["STUDIES", "Study", "study"]
@@ -16,11 +17,13 @@ class Study:
         title: what it shows.
         protocol: how every cell is calibrated and measured.
         cells: its rows.
+        beside_published: whether the table shows what published code gave (`reference.yaml`).
     """
 
     title: str
     protocol: Protocol
     cells: list[Cell]
+    beside_published: bool = False
 
 
 _METHODS = (
@@ -47,6 +50,7 @@ STUDIES: dict[str, Study] = {
             Cell("original", None),
             *(Cell(name, name) for name in _METHODS),
         ],
+        beside_published=True,
     ),
     "pbs2p-parts": Study(
         "What each part of PBS2P is worth at 6:8 (paper, Table 4), 8 x 2048 calibration tokens",
@@ -64,6 +68,8 @@ STUDIES: dict[str, Study] = {
         ],
     ),
 }
+
+STUDIES |= {name: Study(*parts) for name, parts in ABLATIONS.items()}
 
 
 def study(name: str) -> Study:

@@ -2,35 +2,69 @@
 
 from typing import Any
 
+from subbit.study.reference import published_figures
+
 __all__ = ["markdown"]
 
 _HEAD = (
     "cell", "changes", "paper bits", "stored bits", "WikiText-2", "C4", "mean loss", "minutes",
     "peak GiB",
 )  # fmt: skip
+_PUBLISHED = ("published code: WikiText-2", "published code: C4", "published code: loss")
+_MARK = "†"
 
 
-def markdown(title: str, records: list[dict[str, Any]]) -> str:
-    """The table of a study; perplexities with their standard errors."""
-    rows = [_row(record) for record in records]
-    lines = [f"# {title}", "", "| " + " | ".join(_HEAD) + " |", "| --- " * len(_HEAD) + "|"]
+def markdown(title: str, records: list[dict[str, Any]], beside_published: bool = False) -> str:
+    """The table of a study; perplexities with their standard errors.
+
+    Args:
+        title: above the table.
+        records: of the cells, at least one.
+        beside_published: add what the authors' published code gave.
+    """
+    vocabulary = min((r["vocabulary"] for r in records if "vocabulary" in r), default=None)
+    head = (*_HEAD, *_PUBLISHED) if beside_published else _HEAD
+    rows = [_row(record, vocabulary) for record in records]
+    if beside_published:
+        published = [_published(record["cell"]["name"], vocabulary) for record in records]
+        rows = [(*row, *more) for row, more in zip(rows, published, strict=True)]
+    lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    protocol = records[0]["protocol"]
-    lines += [
-        "",
-        f"Model: {records[0]['model']}. Calibration: {protocol['calibration']}, "
+    lines += ["", _protocol(records[0])]
+    if any(_MARK in cell for row in rows for cell in row):
+        lines += [
+            "",
+            f"{_MARK} Above {vocabulary}, the size of the vocabulary, a perplexity is worse than "
+            "guessing and says nothing about order: compare the losses there.",
+        ]
+    if beside_published:
+        lines += [
+            "",
+            "Published code: what the authors' own code gave on SmolLM2-135M-Instruct under the "
+            "same protocol, measured in bfloat16; beside another model it means nothing. Its "
+            "loss, like ours, is the mean over the linears of tr(EHE^T) / tr(WHW^T).",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _protocol(record: dict[str, Any]) -> str:
+    protocol = record["protocol"]
+    return (
+        f"Model: {record['model']}. Calibration: {protocol['calibration']}, "
         f"{protocol['nsamples']} x {protocol['seqlen']} tokens. Perplexity: first "
         f"{protocol['windows']} windows of {protocol['seqlen']} tokens of WikiText-2 test, and of "
         f"the C4 calibration stream from token {protocol['c4_from']} on (held out). Stored bits "
         "are bytes on disk of the packed linears; minutes are wall time of the compression on a "
-        "machine that may have been busy.",
-    ]
-    return "\n".join(lines) + "\n"
+        "machine that may have been busy."
+    )
 
 
-def _row(record: dict[str, Any]) -> tuple[str, ...]:
+def _row(record: dict[str, Any], vocabulary: int | None) -> tuple[str, ...]:
     name, changes = record["cell"]["name"], ", ".join(record["cell"]["overrides"])
-    perplexities = [_perplexity(record[data]) for data in ("wikitext2", "c4")]
+    perplexities = [
+        _perplexity(record[data]["perplexity"], vocabulary, record[data].get("stderr"))
+        for data in ("wikitext2", "c4")
+    ]
     if "total" not in record:
         return (name, changes, "16", "16", *perplexities, "", "", "")
     total, run = record["total"], record["run"]
@@ -46,6 +80,16 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _perplexity(measured: dict[str, Any]) -> str:
-    error = measured.get("stderr")
-    return f"{measured['perplexity']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+def _published(name: str, vocabulary: int | None) -> tuple[str, ...]:
+    figures = published_figures().get(name)
+    if figures is None:
+        return ("", "", "")
+    perplexities = [_perplexity(figures[data], vocabulary) for data in ("wikitext2", "c4")]
+    loss = figures.get("loss")
+    return (*perplexities, "" if loss is None else f"{loss:.4f}")
+
+
+def _perplexity(value: float, vocabulary: int | None, error: float | None = None) -> str:
+    spread = "" if error is None else f" ± {error:.2f}"
+    above = vocabulary is not None and value > vocabulary
+    return f"{value:.2f}{spread}{' ' + _MARK if above else ''}"

@@ -1,0 +1,178 @@
+"""Studies on a tiny random model: what is measured, what is not measured again, what fails."""
+
+import json
+
+import pytest
+
+from subbit.errors import StudyError
+from subbit.study import cells as cells_module
+from subbit.study import run as run_module
+from subbit.study.ablations import ABLATIONS
+from subbit.study.cells import Cell, Protocol
+from subbit.study.run import run_study
+from subbit.study.studies import Study
+from subbit.study.tables import markdown
+from tiny_models import tiny_model, tiny_tokenizer
+
+PROTOCOL = Protocol(nsamples=2, seqlen=24, windows=2, c4_from=100)
+GOOD = Cell("good", "rtn-2")
+
+
+@pytest.fixture(autouse=True)
+def texts(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("data")
+    words = "the quick brown fox jumps over a lazy dog while seven wizards box with gin and tea "
+    lines = [words[i % 17 :] for i in range(80)]
+    (folder / "wikitext2.test.raw").write_text("\n".join(lines))
+    documents = [json.dumps({"text": line}) for line in lines]
+    (folder / "c4.calibration.jsonl").write_text("\n".join(documents))
+    monkeypatch.setenv("SUBBIT_DATA", str(folder))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def study_of(*cells, **kwargs):
+    return Study("A title", PROTOCOL, list(cells), **kwargs)
+
+
+def test_a_cell_is_measured_once_for_all_studies(tmp_path, model):
+    said = []
+    first = run_study("one", study_of(GOOD), model, tmp_path, [], said.append)
+    assert not first.failures and "| good |" in first.table
+    assert (tmp_path / "one" / "table.md").read_text() == first.table
+    record = json.loads((tmp_path / "one" / "good.json").read_text())
+    assert record["vocabulary"] == 320
+    assert not (tmp_path / "one" / "good.model").exists()
+
+    again = Cell("under-another-name", "rtn-2")
+    said.clear()
+    other = run_study("two", study_of(again), model, tmp_path, [], said.append)
+    assert said == ["under-another-name: already measured in one"]
+    assert "| under-another-name |" in other.table
+    assert first.table.replace("good", "under-another-name") == other.table
+    assert not (tmp_path / "two" / "under-another-name.json").exists()
+
+    said.clear()
+    run_study("one", study_of(GOOD, again), model, tmp_path, [], said.append)
+    assert said == ["good: already measured", "under-another-name: already measured as good"]
+
+
+@pytest.mark.parametrize("what", ["overrides", "recipe", "protocol", "model", "broken"])
+def test_what_differs_is_another_cell(tmp_path, model, what):
+    run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    path = tmp_path / "one" / "good.json"
+    record = json.loads(path.read_text())
+    if what in record["cell"]:
+        record["cell"][what] = {"overrides": ["group=row"], "recipe": "rtn-3"}[what]
+    elif what == "protocol":
+        record["protocol"]["windows"] = 3
+    else:
+        record["model"] = "another"
+    path.write_text("{" if what == "broken" else json.dumps(record))
+    said = []
+    run_study("two", study_of(Cell("good", "rtn-2")), model, tmp_path, [], said.append)
+    assert said[0] == "good: rtn-2 " and (tmp_path / "two" / "good.json").exists()
+
+
+def test_a_failing_cell_does_not_lose_the_others(tmp_path, model, monkeypatch):
+    run_cell = run_module.run_cell
+
+    def breaks(cell, *args):
+        if cell.name == "bug":
+            raise ZeroDivisionError("by nothing")
+        return run_cell(cell, *args)
+
+    monkeypatch.setattr(run_module, "run_cell", breaks)
+    bad = Cell("bad", "pbs2p-4-8", ["blocksize=12"])
+    cells = (bad, Cell("bug", "rtn-2"), GOOD)
+    said = []
+    result = run_study("s", study_of(*cells), model, tmp_path, [], said.append)
+    assert list(result.failures) == ["bad", "bug"]
+    assert "blocksize 12" in result.failures["bad"]
+    assert result.failures["bug"] == "ZeroDivisionError: by nothing"
+    assert "| good |" in result.table and "| bad |" not in result.table
+    assert any(line.startswith("bad: failed: ") for line in said)
+    with pytest.raises(StudyError, match=r"not measured: bad: .*bug: Zero.*same command again"):
+        result.raise_failures()
+    nothing = run_study("none", study_of(bad), model, tmp_path, [], said.append)
+    assert nothing.table == "" and list(nothing.failures) == ["bad"]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ABLATIONS if name != "pruning-types"]
+
+
+@pytest.mark.parametrize("name", ["pruning-types", *SLOW])
+def test_the_ablations_run(tmp_path, model, name):
+    title, _, cells = ABLATIONS[name]
+    result = run_study(name, Study(title, PROTOCOL, cells), model, tmp_path, [], lambda _: None)
+    assert not result.failures
+    assert all(f"| {cell.name} |" in result.table for cell in cells)
+
+
+def record(name, wikitext2, c4, vocabulary=320):
+    return {
+        "model": "m",
+        "cell": {"name": name, "recipe": None, "overrides": []},
+        "protocol": {
+            "calibration": "c4", "nsamples": 1, "seqlen": 2, "windows": 3, "c4_from": 4,
+        },
+        "wikitext2": {"perplexity": wikitext2, "stderr": 0.5},
+        "c4": {"perplexity": c4},
+        "vocabulary": vocabulary,
+    }  # fmt: skip
+
+
+def test_a_perplexity_above_the_vocabulary_is_shown_as_such():
+    table = markdown("t", [record("a", 20.5, 321.0)])
+    assert "| 20.50 ± 0.50 | 321.00 † |" in table and "Above 320, the size" in table
+    assert "†" not in markdown("t", [record("a", 20.5, 320.0)])
+
+
+def test_published_figures_stand_beside_ours():
+    rows = [record("billm", 20.5, 30.0, 49152), record("pbs2p-6-8", 20.5, 30.0, 49152)]
+    table = markdown("t", rows, beside_published=True)
+    assert "| published code: WikiText-2 | published code: C4 |" in table
+    assert "| 58838.00 † | 25908.00 | 0.0833 |" in table
+    assert table.count("†") == 2  # the figure and the note
+    assert "published" not in markdown("t", rows).lower()
+
+
+def test_a_cell_may_have_a_calibration_size_of_its_own(tmp_path, model):
+    larger = Cell("larger", "rtn-2", ["calibration.nsamples=3"])
+    run_study("s", study_of(GOOD, larger), model, tmp_path, [], lambda _: None)
+    sizes = [
+        json.loads((tmp_path / "s" / f"{name}.json").read_text())["calibration"]["nsamples"]
+        for name in ("good", "larger")
+    ]
+    assert sizes == [2, 3]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_cut_off_cell_has_packed_is_used_if_it_is_the_same(
+    tmp_path, model, monkeypatch, same
+):
+    made = []
+
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    def counts(*args, **kwargs):
+        made.append(args[1].options)
+        return compress(*args, **kwargs)
+
+    compress = cells_module.compress
+    monkeypatch.setattr(cells_module, "compress", counts)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells_module, "perplexity", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_study("s", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    assert (tmp_path / "s" / "good.model").is_dir()
+    cell = GOOD if same else Cell("good", "rtn-2", ["group=row"])
+    assert not run_study("s", study_of(cell), model, tmp_path, [], lambda _: None).failures
+    assert [options["group"] for options in made] == ["block"] + ["row"] * (not same)
