@@ -36,7 +36,7 @@ def main() -> None:
     for recipe in list_recipes():
         if args.recipes and recipe.name not in args.recipes:
             continue
-        settings = Settings(recipe.blocksize, recipe.percdamp)
+        settings = Settings(recipe.blocksize, recipe.percdamp, levels=recipe.levels)
         method = make_method(recipe.method, recipe.options, settings)
         seconds = []
         for W, stats in problems:

@@ -49,7 +49,7 @@ def recipe_bits(recipe: Recipe) -> BitReport:
     X = torch.randn(256, 128, generator=generator) * torch.linspace(0.2, 2, 128)
     fields = METHODS[recipe.method].Opt.model_fields
     options = recipe.options | {k: v for k, v in _QUICK.items() if k in fields}
-    settings = Settings(recipe.blocksize, recipe.percdamp)
+    settings = Settings(recipe.blocksize, recipe.percdamp, levels=recipe.levels)
     stats = LinearStats(X.T @ X, len(X), mean=X.mean(0))
     method = make_method(recipe.method, options, settings)
     linear = method.compress(W, stats, recipe.nm)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from subbit.errors import RecipeError, StudyError, SubbitError, nearest
 from subbit.study.cells import run_cell
+from subbit.study.figure import draw
 from subbit.study.studies import Study
 from subbit.study.tables import markdown
 
@@ -79,6 +80,8 @@ def run_study(
     if table and not only:
         folder.mkdir(parents=True, exist_ok=True)  # every cell may be another study's
         (folder / "table.md").write_text(table, encoding="utf-8")
+        if study.figure:
+            draw(study.title, records, folder / "figure.png")
     return StudyResult(table, failures)
 
 

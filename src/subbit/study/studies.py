@@ -1,10 +1,11 @@
 """The studies: which cells make which table, and how they are measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from subbit.errors import RecipeError, nearest
 from subbit.study.ablations import ABLATIONS
 from subbit.study.cells import Cell, Protocol
+from subbit.study.improvements import IMPROVEMENTS
 
 __all__ = ["STUDIES", "Study", "study"]
 
@@ -18,12 +19,14 @@ class Study:
         protocol: how every cell is calibrated and measured.
         cells: its rows.
         beside_published: whether the table shows what published code gave (`reference.yaml`).
+        figure: whether perplexity is drawn against stored bits.
     """
 
     title: str
     protocol: Protocol
     cells: list[Cell]
     beside_published: bool = False
+    figure: bool = False
 
 
 _METHODS = (
@@ -69,7 +72,8 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
-STUDIES |= {name: Study(*parts) for name, parts in ABLATIONS.items()}
+STUDIES |= {name: Study(*parts) for name, parts in (ABLATIONS | IMPROVEMENTS).items()}
+STUDIES["pareto"] = replace(STUDIES["pareto"], figure=True)
 
 
 def study(name: str) -> Study:

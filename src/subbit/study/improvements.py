@@ -1,0 +1,75 @@
+"""What this project adds to the paper: its ingredients one by one, and what stored bits buy."""
+
+from subbit.study.cells import Cell, Protocol
+
+__all__ = ["IMPROVEMENTS"]
+
+_LIGHT = Protocol(nsamples=8, windows=10)
+_PLUS = "pbs2p-plus-6-8"
+
+# The recipe pbs2p-plus-6-8 with everything of ours off, in the order in which it comes back
+_OFF = {
+    "codebook": "groups",
+    "compensation": "diagonal",
+    "objective": "gram",
+    "sweeps": "0",
+    "remask": "false",
+    "passes": "0",
+    "free_levels": "6",
+    "levels": "fp16",
+    "calibration.sequential": "false",
+    "calibration.first_token": "1",
+    "asymmetry.strength": "0",
+}
+_ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None = as in the recipe
+    ("one-shot", {"spbo": "false"}),
+    ("spbo", {"spbo": None}),
+    ("exact-compensation", {"compensation": None}),
+    ("descent", {"sweeps": "3"}),
+    ("schur", {"objective": None}),
+    ("free-levels", {"codebook": None, "sweeps": None}),
+    ("remask", {"remask": None}),
+    ("passes", {"passes": None}),
+    ("seven-levels", {"free_levels": None}),
+    ("int8", {"levels": None}),
+    ("sequential", {"calibration.sequential": None}),
+    ("first-token", {"calibration.first_token": None}),
+    ("asymmetric", {"asymmetry.strength": None}),
+]
+
+
+def _ablation() -> list[Cell]:
+    """Each row adds to the one before it; the last is the recipe, then comes refitting."""
+    cells, now = [], dict(_OFF)
+    for name, changes in _ROWS:
+        for key, value in changes.items():
+            now.pop(key, None)
+            if value is not None:
+                now[key] = value
+        cells.append(Cell(name, _PLUS, [f"{key}={value}" for key, value in now.items()]))
+    return [*cells, Cell("refit", "pbs2p-plus-refit-6-8")]
+
+
+_BITS = (
+    "gptq-2", "gptq-3", "gptq-4", "pbs2p-4-8", "pbs2p-5-8", "pbs2p-6-8",
+    "pbs2p-plus-binary", "pbs2p-plus-binary-5-8", "pbs2p-plus-ternary", "pbs2p-plus-4-levels",
+    "pbs2p-plus-8-levels", "pbs2p-plus-4-8", "pbs2p-plus-5-8", "pbs2p-plus-6-8",
+    "pbs2p-plus-refit-4-8", "pbs2p-plus-refit-6-8",
+)  # fmt: skip
+
+IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {
+    "ablation": (
+        "From PBS2P to pbs2p-plus at 6:8, one ingredient a row, 8 x 2048 calibration tokens",
+        _LIGHT,
+        _ablation(),
+    ),
+    "pareto": (
+        "Perplexity against stored bits, 32 x 2048 calibration tokens",
+        Protocol(),
+        [
+            Cell("original", None),
+            *(Cell(name, name) for name in _BITS),
+            Cell("pbs2p-plus-4-levels-6-8", "pbs2p-plus-4-levels", ["nm=6:8"]),
+        ],
+    ),
+}

@@ -1,0 +1,78 @@
+import pytest
+from test_run import PROTOCOL, model, record  # noqa: F401
+
+from subbit.recipe import load_recipe
+from subbit.study import figure as figure_module
+from subbit.study.figure import draw, front
+from subbit.study.run import run_study
+from subbit.study.studies import STUDIES, Study
+
+
+def rows():
+    return STUDIES["ablation"].cells
+
+
+def test_every_row_of_the_ablation_adds_to_the_one_before_and_ends_with_the_recipe():
+    before, settings = None, []
+    for cell in rows()[:-1]:
+        recipe = load_recipe(cell.recipe).override(cell.overrides)
+        assert recipe != before
+        before = recipe
+        settings.append(recipe.model_dump(mode="json"))
+    assert before == load_recipe("pbs2p-plus-6-8")
+    first = settings[0]
+    assert (first["options"]["codebook"], first["options"]["spbo"]) == ("groups", False)
+    assert (first["levels"], first["asymmetry"]["strength"]) == ("fp16", 0)
+
+
+def test_off_rows_are_pbs2p():
+    spbo = load_recipe("pbs2p-plus-6-8").override(rows()[1].overrides)
+    paper = load_recipe("pbs2p-6-8").override(["coarse.allocation=uniform"])
+    ours, theirs = spbo.model_dump(), paper.model_dump()
+    for key in ("nm", "blocksize", "percdamp", "levels", "calibration", "coarse", "asymmetry"):
+        assert ours[key] == theirs[key], key
+
+
+def test_refit_recipes_differ_in_refitting_alone():
+    for nm in ("6-8", "5-8", "4-8"):
+        plain, refit = load_recipe(f"pbs2p-plus-{nm}"), load_recipe(f"pbs2p-plus-refit-{nm}")
+        assert refit.refit.steps > 0 and plain.refit.steps == 0
+        same = refit.override(["refit.steps=0", f"refit.rate={plain.refit.rate}"])
+        assert same.model_dump() | {"name": plain.name} == plain.model_dump()
+
+
+def test_front_keeps_what_nothing_beats():
+    points = [(3.0, 20.0), (1.0, 90.0), (2.0, 95.0), (2.0, 40.0), (4.0, 20.0)]
+    assert front(points) == [(1.0, 90.0), (2.0, 40.0), (3.0, 20.0)]
+
+
+def packed(name, bits, perplexity):
+    found = record(name, perplexity, 30.0)
+    return found | {
+        "cell": {"name": name, "recipe": name, "overrides": []},
+        "total": {"stored_bits": bits},
+    }
+
+
+def test_a_figure_is_drawn_and_is_the_same_every_time(tmp_path):
+    records = [record("original", 20.5, 30.0), packed("gptq-2", 2.1, 900.0), packed("x", 3, 40.0)]
+    draw("t", records, tmp_path / "a.png")
+    draw("t", records, tmp_path / "b.png")
+    first = (tmp_path / "a.png").read_bytes()
+    assert first.startswith(b"\x89PNG") and first == (tmp_path / "b.png").read_bytes()
+    draw("t", records[:-1], tmp_path / "b.png")
+    assert first != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ablation", "pareto"])
+def test_the_studies_run(name, tmp_path, model, monkeypatch):  # noqa: F811
+    drawn = []
+    monkeypatch.setattr("subbit.study.run.draw", lambda *args: drawn.append(args))
+    found = STUDIES[name]
+    small = Study(found.title, PROTOCOL, found.cells, figure=found.figure)
+    result = run_study(name, small, model, tmp_path, [], lambda _: None)
+    assert not result.failures
+    assert all(f"| {cell.name} |" in result.table for cell in found.cells)
+    assert bool(drawn) == (name == "pareto")
+    assert figure_module.draw is draw
