@@ -749,73 +749,166 @@ INLINE void dense_row(const uint8_t* unit, const uint8_t* flags, int t, int r, i
 }
 
 #if defined(__x86_64__)
-// A row's 16 values are one register of float32, or half a register of bfloat16.
-T512 INLINE void place_512(__m256i index, __m512 values, float* out) {
-    const __m128i first = _mm256_castsi256_si128(index), second = _mm256_extracti128_si256(index, 1);
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(first), values));
-    _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(second), values));
+// Where the level of each weight of a row stands in its table, 32 columns in each of K / 2 registers.
+template <int K>
+T256 INLINE void row_index_256(const uint8_t* planes, const uint8_t* flags, __m256i* index) {
+    const __m256i by_three = _mm256_setr_epi32(0, 0, 0, 0, 3, 3, 3, 3);
+    const __m256i A = twice(planes), B = twice(planes + kPlane);
+    index[0] = _mm256_srlv_epi32(A, by_three);
+    index[1] = _mm256_srlv_epi32(B, by_three);
+    if (K == 8) {
+        const __m256i C = twice(planes + 2 * kPlane);
+        index[2] = _mm256_srlv_epi32(C, by_three);
+        index[3] = merged_256(_mm256_srli_epi32(_mm256_blend_epi32(A, B, 0xf0), 6),
+                              _mm256_srlv_epi32(C, _mm256_setr_epi32(4, 4, 4, 4, 5, 5, 5, 5)));
+    }
+    for (int i = 0; i < K / 2; i++)
+        index[i] = _mm256_or_si256(_mm256_and_si256(index[i], _mm256_set1_epi8(7)),
+                                   _mm256_loadu_si256((const __m256i*)(flags + 32 * i)));
 }
 
-T512 INLINE void place_512(__m256i index, __m512i values, uint16_t* out) {
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(index), values));
-}
-
-T512 INLINE __m512 as_type(__m512 values, const float*) { return values; }
-
-T512 INLINE __m512i as_type(__m512 values, const uint16_t*) {
-    // round to nearest even, as torch does; levels are finite
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-
-// The 16 values that a row's codes name.
-T512 INLINE __m512 row_values_512(const uint8_t* record) {
+// The int8 level table of one row.
+T256 INLINE __m128i row_levels(const uint8_t* record) {
     const __m128i entries = _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, -1, -1, 6, 7, 8, 9, -1, -1, -1);
     const __m128i zeros =
         _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, -128, -128, 0, 0, 0, 0, -128, -128, -128);
-    const __m128i bytes = _mm_maskz_loadu_epi32(7, record);
-    const __m128i levels = _mm_xor_si128(_mm_or_si128(_mm_shuffle_epi8(bytes, entries), zeros),
-                                         _mm_set1_epi8(-128));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels)),
-                         _mm512_set1_ps(record_scale(record)));
+    const __m128i bytes = _mm_maskload_epi32((const int*)record, _mm_setr_epi32(-1, -1, -1, 0));
+    return _mm_xor_si128(_mm_or_si128(_mm_shuffle_epi8(bytes, entries), zeros),
+                         _mm_set1_epi8(-128));
 }
 
-// 32 columns at a time: k and k + 1 are the halves of a register.
-template <int K, class T>
-T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
-    const auto values = as_type(row_values_512(records_of<K>(unit, t) + r * kRecord), out);
-    const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
-    const __m256i by_three = _mm256_setr_epi64x(0, 0, 0x3000300030003, 0x3000300030003);
-    const __m256i A = twice(planes), B = twice(planes + kPlane);
-    const __m256i C = K == 8 ? twice(planes + 2 * kPlane) : A;
-    const __m256i last = _mm256_srlv_epi16(
-        C, _mm256_setr_epi64x(0x4000400040004, 0x4000400040004, 0x5000500050005, 0x5000500050005));
-    const __m256i code[4] = {
-        _mm256_srlv_epi16(A, by_three), _mm256_srlv_epi16(B, by_three),
-        _mm256_srlv_epi16(C, by_three),
-        _mm256_ternarylogic_epi32(_mm256_srli_epi16(_mm256_blend_epi32(A, B, 0xf0), 6), last,
-                                  _mm256_set1_epi8(3), 0xe4)};
-    for (int i = 0; i < K / 2; i++) {
-        const __m256i flag = _mm256_loadu_si256((const __m256i*)(flags + 32 * i));
-        place_512(_mm256_ternarylogic_epi32(code[i], _mm256_set1_epi8(7), flag, 0xea), values,
-                  out + 32 * i);
+// Eight levels times their scale.
+T256 INLINE __m256 values_256(__m128i levels, float scale) {
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(levels)), _mm256_set1_ps(scale));
+}
+
+// As bfloat16 in the upper half of each dword: rounded to nearest even, as torch does.
+T256 INLINE __m256i rounded_256(__m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
+// A row's values as torch wants them, by type.
+template <class T>
+struct Row256;
+
+template <>
+struct Row256<float> {
+    __m256i levels;
+    float scale;
+    T256 INLINE Row256(__m128i table, float s)
+        : levels(_mm256_broadcastsi128_si256(table)), scale(s) {}
+    T256 INLINE void place(__m256i index, float* out) const {
+        int8_t w[32];
+        _mm256_storeu_si256((__m256i*)w, _mm256_shuffle_epi8(levels, index));
+        for (int i = 0; i < 32; i += 8)
+            _mm256_storeu_ps(out + i,
+                             values_256(_mm_loadl_epi64((const __m128i*)(w + i)), scale));
     }
+};
+
+template <>
+struct Row256<uint16_t> {
+    __m256i low, high;  // bytes of the 16 values
+    T256 INLINE Row256(__m128i table, float scale) {
+        const __m256i words = _mm256_permute4x64_epi64(
+            _mm256_packus_epi32(
+                _mm256_srli_epi32(rounded_256(values_256(table, scale)), 16),
+                _mm256_srli_epi32(rounded_256(values_256(_mm_srli_si128(table, 8), scale)), 16)),
+            0xd8);
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(255)),
+                                _mm256_srli_epi16(words, 8)),
+            0xd8);
+        low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+        high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+    }
+    T256 INLINE void place(__m256i index, uint16_t* out) const {
+        const __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
+        const __m256i a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
+        _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(a, b, 0x20));
+        _mm256_storeu_si256((__m256i*)(out + 16), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+};
+
+// Wider: one lookup for 16 values of float32, or for 32 of bfloat16.
+template <class T>
+struct Row512;
+
+template <>
+struct Row512<float> {
+    __m512 values;
+    T512 INLINE Row512(__m128i table, float scale)
+        : values(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(table)),
+                               _mm512_set1_ps(scale))) {}
+    T512 INLINE void place(__m256i index, float* out) const {
+        for (int i = 0; i < 2; i++) {
+            const __m128i half = i ? _mm256_extracti128_si256(index, 1)
+                                   : _mm256_castsi256_si128(index);
+            _mm512_storeu_ps(out + 16 * i,
+                             _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(half), values));
+        }
+    }
+};
+
+template <>
+struct Row512<uint16_t> {
+    __m512i values;
+    T512 INLINE Row512(__m128i table, float scale) {
+        const __m512i bits = _mm512_castps_si512(Row512<float>(table, scale).values);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded =
+            _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        values = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+    T512 INLINE void place(__m256i index, uint16_t* out) const {
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(index), values));
+    }
+};
+
+template <class Row, int K, class T>
+T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
+    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
+    const Row row(row_levels(record), record_scale(record));
+    __m256i index[4];
+    row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
+    for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
+}
+
+// The same with the other target; `Row`'s functions are only inlined into their own.
+template <class Row, int K, class T>
+T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
+    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
+    const Row row(row_levels(record), record_scale(record));
+    __m256i index[4];
+    row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
+    for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
+}
+
+// Whole units by `fast`, what is left of a unit by plain code.
+#define DENSE_ROW(fast, Row)                                                                   \
+    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {       \
+        const int64_t left = s.cols - b * kBlock;                                               \
+        if (left >= kBlock) fast<Row<T>, 8>(unit, flags, t, r, out);                            \
+        else dense_row<8>(unit, flags, t, r, (int)left, out);                                   \
+    }                                                                                           \
+    const int64_t left = s.cols - s.full * kBlock;                                              \
+    if (s.half && left == kBlock / 2) fast<Row<T>, 4>(unit, flags, t, r, out);                  \
+    else if (s.half) dense_row<4>(unit, flags, t, r, (int)left, out)
+
+template <class T>
+T256 void dense_256(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
+                    T* out) {
+    DENSE_ROW(dense_row_256, Row256);
 }
 
 template <class T>
 T512 void dense_512(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
                     T* out) {
-    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {
-        const int64_t left = s.cols - b * kBlock;
-        if (left >= kBlock) dense_row_512<8>(unit, flags, t, r, out);
-        else dense_row<8>(unit, flags, t, r, (int)left, out);
-    }
-    const int64_t left = s.cols - s.full * kBlock;
-    if (s.half && left == kBlock / 2) dense_row_512<4>(unit, flags, t, r, out);
-    else if (s.half) dense_row<4>(unit, flags, t, r, (int)left, out);
+    DENSE_ROW(dense_row_512, Row512);
 }
+#undef DENSE_ROW
 #endif
 
 template <class T>
@@ -837,12 +930,12 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
         const int t = (int)(row / kRows % kTiles), r = (int)(row % kRows);
         T* to = out + (row - row0) * s.cols;
 #if defined(__x86_64__)
-        if (isa == AVX512) {
-            dense_512(s, unit, flags, t, r, to);
-            continue;
-        }
-#endif
+        if (isa == AVX512) dense_512(s, unit, flags, t, r, to);
+        else if (isa != PORTABLE) dense_256(s, unit, flags, t, r, to);
+        else dense_any(s, unit, flags, t, r, to);
+#else
         dense_any(s, unit, flags, t, r, to);
+#endif
     }
 }
 

@@ -18,13 +18,23 @@ from torch import Tensor
 from subbit.errors import RecipeError, SubbitError, nearest
 from subbit.packed.kernels.layout import sizes
 
-__all__ = ["MAX_BATCH", "available", "dense", "kernel_name", "linear", "read"]
+__all__ = ["MAX_BATCH", "available", "dense", "kernel_name", "linear", "read", "worthwhile"]
 
 MAX_BATCH = 16
 """Vectors that `linear` takes at once."""
 
 _VERSION = 1
 _ISAS = {"portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "neon": 4, "neondot": 5}
+# How many vectors of (bfloat16, other types) the kernel multiplies sooner than torch does with
+# decoded panels, measured on Zen 5 (NEON: assumed). Beyond 64, float32 is multiplied exactly.
+_WORTHWHILE = {
+    "portable": (1, 1),
+    "avx2": (8, 32),
+    "avxvnni": (16, 64),
+    "avx512": (32, 64),
+    "neon": (8, 32),
+    "neondot": (16, 64),
+}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ERRORS = {1: "sizes that do not fit", 2: "no memory", 3: "an unknown instruction set"}
 
@@ -92,6 +102,13 @@ def _compiled() -> int | None:
     """Number of the instruction set of compiled code, or None without any."""
     name = _isa(os.environ.get("SUBBIT_ISA"))
     return _ISAS.get(name)
+
+
+def worthwhile(dtype: torch.dtype) -> int:
+    """Largest batch of activations of `dtype` that is best left to `linear`; 0 = none."""
+    if _compiled() is None:
+        return 0
+    return _WORTHWHILE[_isa(os.environ.get("SUBBIT_ISA"))][dtype != torch.bfloat16]
 
 
 def _weights(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> tuple[int, ...]:
