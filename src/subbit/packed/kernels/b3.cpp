@@ -991,7 +991,7 @@ uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t word
 // ---- what Python calls -------------------------------------------------------------------------
 
 // Version of this interface; native.py refuses another.
-EXPORT int subbit_b3_version() { return 1; }
+EXPORT int subbit_b3_version() { return 2; }
 
 namespace {
 
@@ -1039,29 +1039,36 @@ const struct Found {
 // Whether this processor (and this build) runs instruction set `isa`.
 EXPORT int subbit_b3_supports(int isa) { return isa >= 0 && isa <= NEONDOT && kFound.has[isa]; }
 
-// out (batch, rows) float32 = x (batch, cols) @ W^T; batch 1 .. 16, planes 1 or 2.
+// out (batch, rows) = x (batch, cols) @ W^T, both of one type; planes 1 or 2.
 // Returns 0; 1 = sizes that do not fit, 2 = out of memory, 3 = unknown instruction set.
-EXPORT int subbit_b3_linear(const void* x, int dtype, int batch, const uint8_t* tiles,
+EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8_t* tiles,
                             int64_t tile_bytes, const uint8_t* flags, int64_t flag_bytes,
-                            int64_t rows, int64_t cols, float* out, int planes, int isa,
+                            int64_t rows, int64_t cols, void* out, int planes, int isa,
                             int threads) {
     Job job;
     if (!make_shape(rows, cols, tile_bytes, flag_bytes, &job.shape)) return 1;
-    if (batch < 1 || batch > kMaxBatch || (planes != 1 && planes != 2) || threads < 1) return 1;
+    if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
-    job.tiles = tiles, job.flags = flags, job.out = out;
-    job.batch = batch;
-    const int64_t blocks = job.shape.blocks() * batch;
+    job.tiles = tiles, job.flags = flags;
+    const int64_t most = batch < kMaxBatch ? batch : kMaxBatch, blocks = job.shape.blocks() * most;
     const int64_t plane_bytes = blocks * values_of(isa == AVX2, planes);
+    const int64_t out_bytes = dtype == BFLOAT16 ? most * rows * 4 : 0;
     void* scratch = nullptr;
-    if (posix_memalign(&scratch, 64, (size_t)(plane_bytes + blocks * 20))) return 2;
+    if (posix_memalign(&scratch, 64, (size_t)(plane_bytes + blocks * 20 + out_bytes))) return 2;
     int8_t* values = (int8_t*)scratch;
     int32_t* start = (int32_t*)(values + plane_bytes);
     float* scale = (float*)(start + 4 * blocks);
-    if (planes == 2)
-        linear<2>(job, x, dtype, isa, threads, values, scale, start);
-    else
-        linear<1>(job, x, dtype, isa, threads, values, scale, start);
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4;
+    for (int64_t m = 0; m < batch; m += most) {
+        const void* from = (const char*)x + m * cols * size;
+        void* to = (char*)out + m * rows * size;
+        job.batch = (int)(batch - m < most ? batch - m : most);
+        job.out = dtype == BFLOAT16 ? scale + blocks : (float*)to;
+        if (planes == 2) linear<2>(job, from, dtype, isa, threads, values, scale, start);
+        else linear<1>(job, from, dtype, isa, threads, values, scale, start);
+        if (dtype == BFLOAT16)
+            for (int64_t i = 0; i < job.batch * rows; i++) ((uint16_t*)to)[i] = to_bfloat16(job.out[i]);
+    }
     free(scratch);
     return 0;
 }
