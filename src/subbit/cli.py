@@ -307,6 +307,22 @@ def bench(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Packed folder.")],
+    dense: Annotated[
+        Path, typer.Option(metavar="OUT", help="Folder to make: an ordinary, dense checkpoint.")
+    ],
+    dtype: Dtype = "auto",
+) -> None:
+    """Write a packed folder as an ordinary checkpoint, for tools that know nothing of subbit."""
+    from subbit.hub.export import export_dense
+
+    with _stderr.status("writing"):
+        export_dense(folder, dense, dtype=dtype)
+    typer.echo(f"saved {dense}")
+
+
+@app.command()
 def recipes(
     as_json: Json = False,
 ) -> None:

@@ -75,8 +75,8 @@ def bench(
         dict each: "model", "dtype", "backend", "bytes" held, "parameters", "token_bytes",
         "prompt" and "decode" with "tokens", "mean", "sd", "best" in tokens a second, "bandwidth"
         = token_bytes x best), "linears" (one dict a shape: "shape", "count", "bytes" of one packed
-        linear as held, "ms" by "model dtype"), and "tokens": "prompts", "same", "new_tokens" of
-        the comparison with the dense float32 weights.
+        linear as held, "ms" by "model dtype"), and "tokens": "prompts", "same", "new_tokens" and
+        "gap" of the comparison with the dense float32 weights (`same_tokens`).
 
     Raises:
         RecipeError: numbers that mean nothing.
@@ -116,20 +116,32 @@ def bench(
     return found
 
 
+@torch.inference_mode()
 def same_tokens(
     model: PreTrainedModel,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: int = 24,
-) -> int:
-    """After how many of `PROMPTS` both models say the same `new_tokens` greedy tokens."""
-    same = 0
+) -> tuple[int, float]:
+    """Compare the greedy tokens that both models say after each of `PROMPTS`.
+
+    Returns:
+        After how many prompts all `new_tokens` are the same; and, where they first differ, how far
+        apart at most the reference's logits of the two tokens are: next to 0 means a tie that
+        rounding decided. 0 where nothing differs.
+    """
+    same, widest = 0, 0.0
     for text in PROMPTS:
         tokens = tokenizer(text, return_tensors="pt")["input_ids"]
-        same += speed.greedy(model, tokens, new_tokens) == speed.greedy(
-            reference, tokens, new_tokens
-        )
-    return same
+        said, wanted = (speed.greedy(m, tokens, new_tokens) for m in (model, reference))
+        same += said == wanted
+        for i, (ours, theirs) in enumerate(zip(said, wanted, strict=True)):
+            if ours != theirs:
+                so_far = torch.cat([tokens, torch.tensor([said[:i]], dtype=torch.int64)], 1)
+                logits = reference(input_ids=so_far).logits[0, -1].float()
+                widest = max(widest, (logits[theirs] - logits[ours]).item())
+                break
+    return same, widest
 
 
 def _names_by_shape(folder: str | Path) -> dict[tuple[int, int], list[str]]:
@@ -191,11 +203,11 @@ def _parameters(model: nn.Module) -> int:
     return dense + sum(m.in_features * m.out_features for m in packed)
 
 
-def _compared(folder: str | Path, new_tokens: int = 24) -> dict[str, int]:
+def _compared(folder: str | Path, new_tokens: int = 24) -> dict[str, Any]:
     reference = _decoded(folder, "float32")
     model = load(folder, dtype="float32", device="cpu")
-    same = same_tokens(model, reference, load_tokenizer(folder), new_tokens)
-    return {"prompts": len(PROMPTS), "same": same, "new_tokens": new_tokens}
+    same, gap = same_tokens(model, reference, load_tokenizer(folder), new_tokens)
+    return {"prompts": len(PROMPTS), "same": same, "new_tokens": new_tokens, "gap": gap}
 
 
 @contextmanager

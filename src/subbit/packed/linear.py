@@ -11,7 +11,7 @@ from subbit.errors import RecipeError
 from subbit.packed.codecs import unpack_bits
 from subbit.packed.kernels import op
 from subbit.packed.kernels.layout import collapse, expand, fits
-from subbit.packed.pack import AnyLayout, pack, row_chunks, unpack, unpack_rows
+from subbit.packed.pack import AnyLayout, decode_dense, pack, unpack
 from subbit.packed.report import BitReport, bit_report
 
 __all__ = ["BACKENDS", "PackedLinear"]
@@ -175,15 +175,7 @@ class PackedLinear(nn.Module):
         if self.backend == "cpu":
             size = self.out_features, self.in_features
             return op.decode(self.tiles, self.flags, *size, 0, self.out_features, dtype)
-        fields = self.fields()
-        device = next(iter(fields.values())).device
-        # an inference tensor kept for later would be useless under autograd
-        with torch.inference_mode(False), torch.no_grad():
-            out = torch.empty(self.layout.rows, self.layout.cols, dtype=dtype, device=device)
-            parts = unpack_rows(self.layout, fields)
-            for (start, stop), part in zip(row_chunks(self.layout), parts, strict=True):
-                out[start:stop] = part.dequantize()
-        return out
+        return decode_dense(self.layout, self.fields(), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         self._dense = None

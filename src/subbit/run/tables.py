@@ -126,8 +126,9 @@ def bench_in_words(found: dict[str, Any]) -> str:
             f"{model['bandwidth'] / 1e9:.2f} GB/s{share}"
         )
     tokens = found["tokens"]
+    apart = f"; where they part, its logits are {tokens['gap']:.1g} apart" if tokens["gap"] else ""
     lines.append(
         f"the same {tokens['new_tokens']} greedy tokens as the reference after {tokens['same']} of "
-        f"{tokens['prompts']} prompts (float32)"
+        f"{tokens['prompts']} prompts (float32){apart}"
     )
     return "\n".join(lines)
