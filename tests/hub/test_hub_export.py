@@ -130,9 +130,8 @@ def test_damaged_codes_are_named(folders, copy_of, tmp_path):
 
 
 def test_the_command(folders, tmp_path):
-    said = CliRunner().invoke(
-        app, ["export", str(folders("llama")), "--dense", str(tmp_path / "d")]
-    )
+    folder = str(folders("llama"))
+    said = CliRunner().invoke(app, ["export", folder, "--dense", str(tmp_path / "d")])
     assert said.exit_code == 0, said.output
     assert (tmp_path / "d" / "config.json").is_file()
     assert CliRunner().invoke(app, ["export", folder]).exit_code == 2
