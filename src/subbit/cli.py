@@ -310,16 +310,28 @@ def bench(
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Packed folder.")],
     dense: Annotated[
-        Path, typer.Option(metavar="OUT", help="Folder to make: an ordinary, dense checkpoint.")
-    ],
+        Path | None,
+        typer.Option(metavar="OUT", help="Folder to make: an ordinary, dense checkpoint."),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="GGUF file to make, where one holds the same weights."),
+    ] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Write a packed folder as an ordinary checkpoint, for tools that know nothing of subbit."""
-    from subbit.hub.export import export_dense
-
+    """Write a packed folder in a form for tools that know nothing of subbit."""
+    if (dense is None) == (gguf is None):
+        raise typer.BadParameter("give one of --dense OUT and --gguf FILE")
     with _stderr.status("writing"):
-        export_dense(folder, dense, dtype=dtype)
-    typer.echo(f"saved {dense}")
+        if gguf is not None:
+            from subbit.hub.export_gguf import export_gguf
+
+            export_gguf(folder, gguf)
+        else:
+            from subbit.hub.export import export_dense
+
+            export_dense(folder, dense, dtype=dtype)
+    typer.echo(f"saved {dense or gguf}")
 
 
 @app.command()
