@@ -98,7 +98,7 @@ def _contenders(
         "torch float32": dense(x, "float32"),
         "torch bfloat16": dense(half, "bfloat16"),
     }
-    if batch <= native.MAX_BATCH:
+    if batch <= 16:
         found["b3 a8"] = ours(x, 1)
         found["ceiling"] = lambda: native.read(take("tiles"))
     return found

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "packed": {"codes", "errors"},
     "hub": {"packed", "recipe", "codes", "quiet", "errors"},
     "run": {"errors"},
-    "evaluate": {"hub", "text", "model", "errors"},
+    "evaluate": {"packed", "hub", "text", "model", "errors"},
 }
 ROOMS["calibration"] = {"linalg", "model", "recipe", "errors"}
 ROOMS["refit"] = {"model", "packed", "codes", "recipe", "errors"}

@@ -85,7 +85,7 @@ def test_help_does_not_import_torch():
 def test_help_names_every_command():
     said = run("--help")
     assert said.code == 0
-    for command in ("compress", "eval", "generate", "chat", "inspect", "recipes", "methods"):
+    for command in ("compress", "eval", "bench", "generate", "inspect", "recipes", "methods"):
         assert command in said.out
         assert run(command, "--help").code == 0
     assert "--install-completion" in said.out

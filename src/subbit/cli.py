@@ -277,6 +277,64 @@ def inspect(
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Packed folder.")],
+    original: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What it was made from (default: its own weights)."),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of timed decoding.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Of both.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast a packed folder runs on the CPU, beside the dense model."""
+    from subbit.evaluate.bench import bench as run
+    from subbit.run.tables import bench_in_words, bench_tables, show
+
+    options = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "threads": threads}
+    with _stderr.status("loading") as status:
+        found = run(
+            folder, original, say=lambda text: status.update(f"measuring {text}"), **options
+        )
+    if as_json:
+        _print_json(found)
+        return
+    for made in bench_tables(found, folder.resolve().name):
+        show(made)
+    typer.echo(bench_in_words(found))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Packed folder.")],
+    dense: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Folder to make: an ordinary, dense checkpoint."),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="GGUF file to make, where one holds the same weights."),
+    ] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write a packed folder in a form for tools that know nothing of subbit."""
+    if (dense is None) == (gguf is None):
+        raise typer.BadParameter("give one of --dense OUT and --gguf FILE")
+    with _stderr.status("writing"):
+        if gguf is not None:
+            from subbit.hub.export_gguf import export_gguf
+
+            export_gguf(folder, gguf)
+        else:
+            from subbit.hub.export import export_dense
+
+            export_dense(folder, dense, dtype=dtype)
+    typer.echo(f"saved {dense or gguf}")
+
+
+@app.command()
 def recipes(
     as_json: Json = False,
 ) -> None:

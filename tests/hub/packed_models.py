@@ -1,5 +1,6 @@
 """Tiny models whose block linears were replaced by random packed ones, and how to save them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
+from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable, on_int8_grid
 from subbit.hub.save import save_packed
 from subbit.packed.linear import PackedLinear
 from tiny_models import tiny_model, tiny_tokenizer
@@ -69,6 +70,25 @@ def packed_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32)
         rows, cols = shape[::-1] if isinstance(module, Conv1D) else shape
         packed = PackedLinear.from_compressed(random_linear(rows, cols, rng), module.bias, dtype)
         model.set_submodule(name, packed)
+    return model.eval()
+
+
+def int8_model(family: str) -> torch.nn.Module:
+    """A packed model whose linears fit the kernel: one record a row, int8 levels."""
+    model = packed_model(family)
+    for name in packed_names(model):
+        module = model.get_submodule(name)
+        linear = module.compressed()
+        tables = [
+            LevelTable(table.kind, table.groups, table.params[:, :1].contiguous())
+            for table in (linear.levels, linear.salient_levels)
+        ]
+        levels, salient_levels = on_int8_grid(*tables)
+        linear = replace(
+            linear, group_size=256, levels=levels, salient_levels=salient_levels, record={}
+        )
+        dtype = torch.float32
+        model.set_submodule(name, PackedLinear.from_compressed(linear, module.bias, dtype))
     return model.eval()
 
 

@@ -1,36 +1,13 @@
 """A whole model on the CPU kernel: chosen at load, the same tokens, saved as it was."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from packed_models import logits, packed_model, packed_names, save, tokens
+from packed_models import int8_model, logits, packed_names, save, tokens
 
-from subbit.codes import LevelTable, on_int8_grid
 from subbit.errors import RecipeError
 from subbit.hub.backend import kernel_in_words, set_backend
 from subbit.hub.load import load
 from subbit.packed.kernels import kernel_name
-from subbit.packed.linear import PackedLinear
-
-
-def int8_model(family: str) -> torch.nn.Module:
-    """A packed model whose linears fit the kernel: one record a row, int8 levels."""
-    model = packed_model(family)
-    for name in packed_names(model):
-        module = model.get_submodule(name)
-        linear = module.compressed()
-        tables = [
-            LevelTable(table.kind, table.groups, table.params[:, :1].contiguous())
-            for table in (linear.levels, linear.salient_levels)
-        ]
-        levels, salient_levels = on_int8_grid(*tables)
-        linear = replace(
-            linear, group_size=256, levels=levels, salient_levels=salient_levels, record={}
-        )
-        dtype = torch.float32
-        model.set_submodule(name, PackedLinear.from_compressed(linear, module.bias, dtype))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

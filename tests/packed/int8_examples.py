@@ -21,14 +21,22 @@ def make_int8(rows: int, cols: int, **options) -> CompressedLinear:
 
 def b3_linears() -> st.SearchStrategy[CompressedLinear]:
     """Linears of every shape and structure that the resident layout holds."""
+    seven = dict(levels=st.just(("free", 7)), salient=st.none())
+    six = dict(
+        levels=st.sampled_from(FITTING),
+        salient=st.sampled_from([None, ("residual", 1), ("free", 4), ("pairs", 2)]),
+    )
+    return _b3_linears(**six) | _b3_linears(**seven)
+
+
+def _b3_linears(**levels: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
     return st.builds(
         make_int8,
         rows=st.integers(1, 40),
         cols=st.integers(1, 400),
         nm=st.sampled_from([(1, 8), (4, 8), (6, 8), (8, 8), (2, 4), (3, 5), None]),
-        levels=st.sampled_from(FITTING),
-        salient=st.sampled_from([None, ("residual", 1), ("free", 4), ("pairs", 2)]),
         group_size=st.sampled_from([128, 256, 1000]),
         zeros=st.booleans(),
         seed=st.integers(0, 2**32),
+        **levels,
     )

@@ -21,6 +21,7 @@ def isa(request, monkeypatch):
     if native.kernel_name() == "torch":
         pytest.skip("the kernels are not compiled here; pip install -e . compiles them")
     monkeypatch.setenv("SUBBIT_ISA", request.param)
+    monkeypatch.setattr(native, "worthwhile", lambda isa, dtype: 16)
     try:
         return kernel_name()
     except RecipeError:
@@ -114,6 +115,15 @@ def test_what_is_not_finite_stays_visible(isa, value):
     y = b3_linear(x, *resident(make_int8(10, 200)), 10, 200, 2)
     assert (y[0] == 0).all()
     assert y[1].isnan().all()
+
+
+def test_larger_batches_go_through_in_parts(isa, monkeypatch):
+    monkeypatch.setattr(native, "worthwhile", lambda isa, dtype: 64)
+    weights = resident(make_int8(30, 200, seed=4))
+    x = torch.randn(37, 200, generator=torch.Generator().manual_seed(0))
+    y = b3_linear(x, *weights, 30, 200, 1)
+    single = torch.cat([b3_linear(row, *weights, 30, 200, 1) for row in x.split(1)])
+    assert (y - single).norm() <= 1e-6 * single.norm()  # 1e-2 from what panels would give
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -110,13 +110,32 @@ GOLDEN = "88854d70febb7122e751911d66f3bb4340e943b9570b7618bced35e188769a9d"
         make_linear(8, 128),  # float16 levels
         make_int8(8, 256, group_size=64),
         make_int8(8, 128, levels=("free", 7)),
+        make_int8(8, 128, levels=("free", 8), salient=None),
         make_int8(8, 128, salient=("free", 5)),
         make_int8(8, 300, group_size=200),
     ],
-    ids=["fp16", "group of 64", "7 levels", "5 salient levels", "group of 200"],
+    ids=[
+        "fp16",
+        "group of 64",
+        "7 beside salient ones",
+        "8 levels",
+        "5 salient levels",
+        "group of 200",
+    ],
 )
 def test_what_does_not_fit(linear):
     assert not fits(pack(linear)[0])
+
+
+def test_seven_levels_fit_where_no_column_is_salient():
+    linear = make_int8(40, 300, levels=("free", 7), salient=None)
+    assert int(linear.codes.max()) == 7
+    layout, tensors = pack(linear)
+    assert fits(layout)
+    tiles, flags = expand(layout, tensors)
+    assert torch.equal(dense_rows(tiles, flags, 300, 0, 40, torch.float32), linear.dequantize())
+    again = collapse(layout, tiles, flags)
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""A folder or a file that appears complete or not at all."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from subbit.errors import OutputError
 
-__all__ = ["save_atomically"]
+__all__ = ["save_atomically", "save_file_atomically"]
 
 
 def save_atomically(out: str | Path, build: Callable[[Path], None]) -> Path:
@@ -44,6 +44,26 @@ def save_atomically(out: str | Path, build: Callable[[Path], None]) -> Path:
         raise OutputError(f"'{out}' could not be written: {error}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def save_file_atomically(out: str | Path, write: Callable[[Path], None]) -> Path:
+    """As `save_atomically`, for one file; it must not exist.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"'{out}' exists already; remove it or choose another output file.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            write(Path(scratch) / out.name)
+            _flush(Path(scratch))
+            os.replace(Path(scratch) / out.name, out)
+    except OSError as error:
+        raise OutputError(f"'{out}' could not be written: {error}.") from error
     return out
 
 

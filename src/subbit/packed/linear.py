@@ -11,7 +11,7 @@ from subbit.errors import RecipeError
 from subbit.packed.codecs import unpack_bits
 from subbit.packed.kernels import op
 from subbit.packed.kernels.layout import collapse, expand, fits
-from subbit.packed.pack import AnyLayout, pack, row_chunks, unpack, unpack_rows
+from subbit.packed.pack import AnyLayout, decode_dense, pack, unpack
 from subbit.packed.report import BitReport, bit_report
 
 __all__ = ["BACKENDS", "PackedLinear"]
@@ -116,7 +116,7 @@ class PackedLinear(nn.Module):
         if not fits(self.layout) or self.levels.device.type != "cpu":
             raise RecipeError(
                 "the CPU kernel takes linears on the CPU whose levels are int8 (levels: int8 in "
-                f"the recipe), at most 6 and 4 salient ones a record; this is {self}"
+                f"the recipe), at most 7 a record or 6 and 4 salient ones; this is {self}"
             )
         tiles, flags = expand(self.layout, self.fields())
         self.register_buffer("tiles", tiles, persistent=False)
@@ -154,7 +154,10 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.backend == "cpu":
             size = self.out_features, self.in_features
-            y = op.b3_linear(x, self.tiles, self.flags, *size, self.planes)
+            plain = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+            direct = plain and not (torch.is_grad_enabled() and x.requires_grad)
+            product = op.multiply if direct else op.b3_linear
+            y = product(x, self.tiles, self.flags, *size, self.planes)
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 
@@ -174,15 +177,7 @@ class PackedLinear(nn.Module):
         if self.backend == "cpu":
             size = self.out_features, self.in_features
             return op.decode(self.tiles, self.flags, *size, 0, self.out_features, dtype)
-        fields = self.fields()
-        device = next(iter(fields.values())).device
-        # an inference tensor kept for later would be useless under autograd
-        with torch.inference_mode(False), torch.no_grad():
-            out = torch.empty(self.layout.rows, self.layout.cols, dtype=dtype, device=device)
-            parts = unpack_rows(self.layout, fields)
-            for (start, stop), part in zip(row_chunks(self.layout), parts, strict=True):
-                out[start:stop] = part.dequantize()
-        return out
+        return decode_dense(self.layout, self.fields(), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         self._dense = None

@@ -21,7 +21,16 @@ from subbit.packed.layout import Layout, Table
 from subbit.packed.sparse import SparseLayout, pack_sparse, unpack_sparse_rows
 from subbit.packed.support import column_bits, damaged
 
-__all__ = ["AnyLayout", "pack", "read_layout", "row_chunks", "slice_rows", "unpack", "unpack_rows"]
+__all__ = [
+    "AnyLayout",
+    "decode_dense",
+    "pack",
+    "read_layout",
+    "row_chunks",
+    "slice_rows",
+    "unpack",
+    "unpack_rows",
+]
 
 AnyLayout = Layout | SparseLayout
 """The layout of codes and levels, or of 16-bit values."""
@@ -109,6 +118,21 @@ def unpack(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Compressed:
         salient=torch.cat([part.salient for part in parts]) if elements else first.salient,
         salient_levels=salient_levels[0] if salient_levels else None,
     )
+
+
+def decode_dense(layout: AnyLayout, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The dense weight that packed tensors mean, `dtype` `(rows, cols)`; raises as `unpack`.
+
+    It is made some rows at a time: no more than it and a few megabytes are held.
+    """
+    device = next(iter(tensors.values())).device
+    # an inference tensor kept for later would be useless under autograd
+    with torch.inference_mode(False), torch.no_grad():
+        out = torch.empty(layout.rows, layout.cols, dtype=dtype, device=device)
+        parts = unpack_rows(layout, tensors)
+        for (start, stop), part in zip(row_chunks(layout), parts, strict=True):
+            out[start:stop] = part.dequantize()
+    return out
 
 
 def unpack_rows(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Iterator[Compressed]:

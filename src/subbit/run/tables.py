@@ -9,7 +9,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["bits_in_words", "linears_table", "number", "show", "span", "table"]
+__all__ = [
+    "bench_in_words",
+    "bench_tables",
+    "bits_in_words",
+    "linears_table",
+    "number",
+    "show",
+    "span",
+    "table",
+]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> Table:
@@ -72,3 +81,61 @@ def bits_in_words(total: dict[str, Any]) -> str:
         f"{total['file_bytes']:,} bytes, {number(total['file_bits_per_parameter'], bits)} bits "
         f"per parameter ({number(total['file_bits_without_embeddings'], bits)} without embeddings)"
     )
+
+
+def bench_tables(found: dict[str, Any], name: str) -> list[Table]:
+    """Return the tables of `subbit bench`: models by test, then linears by shape."""
+    rows = [
+        (
+            f"{name} {model['model']}",
+            f"{model['bytes'] / 2**20:.1f} MiB",
+            f"{model['parameters'] / 1e6:.2f} M",
+            f"{model['backend']} {model['dtype']}",
+            str(found["threads"]),
+            f"{test}{model[key]['tokens']}",
+            f"{model[key]['mean']:.2f} ± {model[key]['sd']:.2f}",
+        )
+        for model in found["models"]
+        for test, key in (("pp", "prompt"), ("tg", "decode"))
+    ]
+    columns = ("model", "size", "params", "backend", "threads", "test", "t/s")
+    return [table(columns, rows, right=6), _bench_linears(found)]
+
+
+def _bench_linears(found: dict[str, Any]) -> Table:
+    """One row a shape: milliseconds of one vector, and what share of the read bandwidth that is."""
+    contenders = list(found["linears"][0]["ms"])
+    rows = []
+    for linear in found["linears"]:
+        speed = linear["bytes"] / linear["ms"][contenders[0]] * 1e3
+        rows.append(
+            (
+                "{} x {}".format(*linear["shape"]),
+                str(linear["count"]),
+                *(f"{linear['ms'][contender]:.4f}" for contender in contenders),
+                f"{linear['bytes']:,}",
+                f"{speed / 1e9:.1f}",
+                number(found["read_bandwidth"], lambda most, speed=speed: f"{speed / most:.0%}"),
+            )
+        )
+    columns = ("linear", "count", *(f"ms {contender}" for contender in contenders))
+    return table((*columns, "bytes packed", "GB/s", "of read"), rows, right=len(columns) + 2)
+
+
+def bench_in_words(found: dict[str, Any]) -> str:
+    """Return what the tables of `subbit bench` leave out, some lines of text."""
+    most = found["read_bandwidth"]
+    lines = [f"plain reading of memory: {number(most, lambda b: f'{b / 1e9:.1f} GB/s')}"]
+    for model in found["models"]:
+        share = number(most, lambda b, model=model: f", {model['bandwidth'] / b:.0%} of reading")
+        lines.append(
+            f"{model['model']} {model['dtype']}: {model['token_bytes'] / 1e6:.1f} MB read a token, "
+            f"{model['bandwidth'] / 1e9:.2f} GB/s{share}"
+        )
+    tokens = found["tokens"]
+    apart = f"; where they part, its logits are {tokens['gap']:.1g} apart" if tokens["gap"] else ""
+    lines.append(
+        f"the same {tokens['new_tokens']} greedy tokens as the reference after {tokens['same']} of "
+        f"{tokens['prompts']} prompts (float32){apart}"
+    )
+    return "\n".join(lines)

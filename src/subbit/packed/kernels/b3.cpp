@@ -60,27 +60,22 @@ bool make_shape(int64_t rows, int64_t cols, int64_t bytes, int64_t flag_bytes, S
     return bytes == s->strips * s->stride && flag_bytes == s->width();
 }
 
-// Quantised activations. The batch is cut into groups of as many vectors as a kernel takes at once;
-// a group of M vectors that starts at vector m0 has its own stretch of each array, m0 * blocks *
-// (what one vector needs in a block) from the start, ordered so that a kernel reads straight on:
+// Quantised activations: of each block the vectors one after the other, `kBlock` values of the high
+// plane, then of the low one. For AVX2 both planes together are one int16: of each 16 columns the
+// even ones, then the odd ones.
 struct Acts {
-    const int8_t* values;  // (blocks, 8, M, planes, 16)
-    const float* scale;    // (blocks, M)
-    const int32_t* start;  // (blocks, M, 4): -128 * sum of the block in the first of four
+    const int8_t* values;  // (blocks, batch, planes, 128), or int16 (blocks, batch, 8, 2, 8)
+    const float* scale;    // (blocks, batch)
+    const int32_t* start;  // (blocks, batch, 4): -128 * sum of the block in the first of four
 };
-
-template <int P>
-INLINE Acts group_of(const Acts& all, int64_t blocks, int m0) {
-    return Acts{all.values + m0 * blocks * kBlock * P, all.scale + m0 * blocks,
-                all.start + 4 * m0 * blocks};
-}
 
 struct Job {
     Shape shape;
     const uint8_t* tiles;
     const uint8_t* flags;  // (width): 0, or 8 in salient columns
     Acts acts;
-    float* out;            // (batch, rows)
+    int batch;
+    float* out;  // (batch, rows)
 };
 
 // In a unit with K groups of 16 columns: the code planes of tile `t`, and its level records.
@@ -128,12 +123,32 @@ INLINE float record_scale(const uint8_t* record) {
 // Round to the nearest integer, for |v| < 2^22.
 INLINE float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
-// `stride` is the distance of two 16-column chunks of one vector in `out`.
-template <int P, class T>
-INLINE void quantise_block(const T* x, int n, int8_t* out, int64_t stride, float* scale,
-                           int32_t* start) {
-    float value[kBlock] = {0};
-    int8_t hi[kBlock], lo[kBlock];
+// Bytes of a vector's values in a block.
+constexpr int values_of(bool words, int P) { return words ? 2 * kBlock : P * kBlock; }
+
+template <bool WORDS, int P>
+INLINE void store_quantised(const int32_t* q, int8_t* out) {
+    if (WORDS) {
+        int16_t* words = (int16_t*)out;
+        for (int k = 0; k < kBlock / 16; k++)
+            for (int i = 0; i < 8; i++) {
+                words[16 * k + i] = (int16_t)q[16 * k + 2 * i];
+                words[16 * k + 8 + i] = (int16_t)q[16 * k + 2 * i + 1];
+            }
+        return;
+    }
+    for (int i = 0; i < kBlock; i++) {
+        const int32_t high = P == 2 ? (q[i] + 128) >> 8 : q[i];  // then -128 <= low <= 127
+        out[i] = (int8_t)high;
+        if (P == 2) out[kBlock + i] = (int8_t)(q[i] - 256 * high);
+    }
+}
+
+template <bool WORDS, int P, class T>
+INLINE void quantise_block(const T* x, int n, int8_t* out, float* scale, int32_t* start) {
+    float value[kBlock];
+    int32_t q[kBlock];
+    if (n < kBlock) memset(value, 0, sizeof value);
     for (int i = 0; i < n; i++) value[i] = load_value(x, i);
     uint32_t top = 0;  // largest |x|: as bits, NaN is larger than Inf is larger than the rest
     for (int i = 0; i < kBlock; i++) {
@@ -141,39 +156,30 @@ INLINE void quantise_block(const T* x, int n, int8_t* out, int64_t stride, float
         top = bits > top ? bits : top;
     }
     const float largest = bits_to_float(top);
-    const float range = P == 2 ? 32512.0f : 127.0f;  // 255 * 127 + 127
+    const float range = P == 2 ? 32512.0f : 127.0f;  // 256 * 127
     const bool finite = top < 0x7f800000;
     const bool usable = finite && largest >= 1e-30f;  // less counts as zero
     const float inverse = usable ? range / largest : 0.0f;
     *scale = usable ? largest / range : finite ? 0.0f : bits_to_float(0x7fc00000);
     int32_t sum = 0;
+    if (!finite) memset(value, 0, sizeof value);
     for (int i = 0; i < kBlock; i++) {
-        const float v = usable ? value[i] : 0.0f;
-        const float q = nearest(v * inverse);
-        const float h = P == 2 ? nearest(q * (1.0f / 255.0f)) : q;
-        hi[i] = (int8_t)(int32_t)h;
-        lo[i] = (int8_t)(int32_t)(q - 255.0f * h);
-        sum += (int32_t)q;
+        q[i] = (int32_t)nearest(value[i] * inverse);
+        sum += q[i];
     }
-    for (int k = 0; k < kBlock / 16; k++) {
-        memcpy(out + k * stride, hi + 16 * k, 16);
-        if (P == 2) memcpy(out + k * stride + 16, lo + 16 * k, 16);
-    }
+    store_quantised<WORDS, P>(q, out);
     start[0] = -128 * sum;
     start[1] = start[2] = start[3] = 0;
 }
 
-template <int P, class T>
-INLINE void quantise_group(const Shape& s, const T* x, int m0, int count, int8_t* values,
-                           float* scale, int32_t* start) {
-    const int64_t blocks = s.blocks();
-    for (int m = 0; m < count; m++)
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t at = m0 * blocks + b * count + m, left = s.cols - b * kBlock;
-            int8_t* out = values + (m0 * blocks + b * count) * kBlock * P + m * P * 16;
-            quantise_block<P>(x + (m0 + m) * s.cols + b * kBlock,
-                              left < kBlock ? (int)left : kBlock, out, count * P * 16, scale + at,
-                              start + 4 * at);
+template <bool WORDS, int P, class T>
+INLINE void quantise_all(const Shape& s, const T* x, int batch, int8_t* values, float* scale,
+                         int32_t* start) {
+    for (int m = 0; m < batch; m++)
+        for (int64_t b = 0; b < s.blocks(); b++) {
+            const int64_t at = b * batch + m, left = s.cols - b * kBlock;
+            quantise_block<WORDS, P>(x + m * s.cols + b * kBlock, left < kBlock ? (int)left : kBlock,
+                                     values + at * values_of(WORDS, P), scale + at, start + 4 * at);
         }
 }
 
@@ -205,7 +211,7 @@ INLINE void decode_codes(const uint8_t* tile, int r, int k, uint8_t* out) {
 
 INLINE void level_table(const uint8_t* record, int8_t* table) {
     memset(table, 0, 16);
-    for (int i = 0; i < 6; i++) table[1 + i] = (int8_t)(record[i] - 128);
+    for (int i = 0; i < 7; i++) table[1 + i] = (int8_t)(record[i] - 128);
     for (int i = 0; i < 4; i++) table[9 + i] = (int8_t)(record[6 + i] - 128);
 }
 
@@ -222,37 +228,35 @@ INLINE void decode_row(const uint8_t* planes, const uint8_t* record, const uint8
 }
 
 template <int P, int K>
-INLINE void portable_block(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
-                           int64_t b, int count, float (*sums)[kRows]) {
+INLINE void portable_block(const Job& j, const uint8_t* unit, int t, int64_t b,
+                           float (*sums)[kRows]) {
     for (int r = 0; r < kRows; r++) {
         int8_t w[kBlock];
         const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-        decode_row<K>(planes_of<K>(unit, t), record, flags + b * kBlock, r, w);
+        decode_row<K>(planes_of<K>(unit, t), record, j.flags + b * kBlock, r, w);
         const float scale = record_scale(record);
-        for (int m = 0; m < count; m++) {
+        for (int m = 0; m < j.batch; m++) {
+            const int64_t at = b * j.batch + m;
+            const int8_t* x = j.acts.values + at * P * kBlock;
             int32_t high = 0, low = 0;
-            for (int k = 0; k < K; k++) {
-                const int8_t* x = acts.values + ((b * 8 + k) * count + m) * P * 16;
-                for (int i = 0; i < 16; i++) high += (int16_t)w[16 * k + i] * (int16_t)x[i];
-                if (P == 2)
-                    for (int i = 0; i < 16; i++) low += (int16_t)w[16 * k + i] * (int16_t)x[16 + i];
-            }
-            const int32_t sum = P == 2 ? 255 * high + low : high;
-            sums[m][r] += (float)sum * (scale * acts.scale[b * count + m]);
+            for (int i = 0; i < 16 * K; i++) high += (int16_t)w[i] * (int16_t)x[i];
+            if (P == 2)
+                for (int i = 0; i < 16 * K; i++) low += (int16_t)w[i] * (int16_t)x[kBlock + i];
+            const int32_t sum = P == 2 ? 256 * high + low : high;
+            sums[m][r] += (float)sum * (scale * j.acts.scale[at]);
         }
     }
 }
 
 template <int P>
-void strip_portable(const Job& j, int64_t strip, int count) {
+void strip_portable(const Job& j, int64_t strip) {
     for (int t = 0; t < kTiles; t++) {
         float sums[kMaxBatch][kRows] = {};
         const uint8_t* unit = j.tiles + strip * j.shape.stride;
         for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
-            portable_block<P, 8>(j.acts, j.flags, unit, t, b, count, sums);
-        if (j.shape.half)
-            portable_block<P, 4>(j.acts, j.flags, unit, t, j.shape.full, count, sums);
-        for (int m = 0; m < count; m++) store_sums(j, strip * kTiles + t, m, sums[m], 0, kRows);
+            portable_block<P, 8>(j, unit, t, b, sums);
+        if (j.shape.half) portable_block<P, 4>(j, unit, t, j.shape.full, sums);
+        for (int m = 0; m < j.batch; m++) store_sums(j, strip * kTiles + t, m, sums[m], 0, kRows);
     }
 }
 
@@ -262,72 +266,97 @@ void strip_portable(const Job& j, int64_t strip, int count) {
 #define T512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 #define T256 __attribute__((target("avx2,fma")))
 
-// How far ahead of the unit in work its successors are asked for, in bytes, into the second cache:
-// asked for into the first, they hold up the loads (measured on Zen 4: half the speed).
-constexpr int kAhead = 8 * kFull;
+// How far ahead of the unit in work its successors are asked for, in bytes. A step asks for its
+// share of a unit's 15 lines: asked for all at once they hold up the loads.
+constexpr int kAhead = 12 * kFull;
 
-// What R tiles have to do with M vectors in one block, in registers.
-template <int M, int P, int R>
+INLINE void ask_for(const uint8_t* line) { _mm_prefetch((const char*)line, _MM_HINT_T0); }
+
+// ---- AVX-512: four rows x 16 columns at a time
+
+T512 INLINE __m512i four_times(const void* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+}
+
+// The level tables (level + 128) of a tile's four rows, one in each lane.
+template <int K>
+T512 INLINE __m512i table_512(const uint8_t* unit, int t) {
+    const __m512i spread = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+    const __m512i entries = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, 6, -1, 6, 7, 8, 9, -1, -1, -1));
+    const __m512i zeros = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, 0, -128, 0, 0, 0, 0, -128, -128, -128));
+    const __m512i record = _mm512_permutexvar_epi32(
+        spread, _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t)));
+    return _mm512_or_si512(_mm512_shuffle_epi8(record, entries), zeros);
+}
+
+// The scales of a tile's four rows: the upper half of the last dword of each record.
+template <int K>
+T512 INLINE __m512 scales_512(const uint8_t* unit, int t) {
+    const __m512i record = _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(2, 2, 2, 2, 5, 5, 5, 5, 8, 8, 8, 8, 11, 11, 11, 11),
+        _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t)));
+    return _mm512_castsi512_ps(_mm512_and_si512(record, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+// c & 7 | flag: `code` has a code in the low three bits of each byte.
+T512 INLINE __m512i levels_512(__m512i table, __m512i code, __m512i flag) {
+    return _mm512_shuffle_epi8(table,
+                               _mm512_ternarylogic_epi32(code, _mm512_set1_epi8(7), flag, 0xea));
+}
+
+// Low two bits of each byte from `low`, the rest from `rest`.
+T512 INLINE __m512i merged_512(__m512i low, __m512i rest) {
+    return _mm512_ternarylogic_epi32(low, rest, _mm512_set1_epi8(3), 0xe4);
+}
+
+T512 INLINE __m512 scaled_512(__m512i sum, __m512 scales, float act, __m512 to) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scales, _mm512_set1_ps(act)), to);
+}
+
+// What R tiles have to do with G vectors in one block, in registers.
+template <int P, int R, int G>
 struct Work512 {
-    __m512i table[R], high[R][M], low[R][M];
+    __m512i table[R], sum[P][R][G];
 };
 
 // Multiply 16 columns of R tiles: `code` has their codes in the low three bits of each byte.
-template <int M, int P, int R>
-T512 INLINE void columns_512(Work512<M, P, R>& work, const __m512i* code, const uint8_t* flags,
-                             const int8_t* values) {
-    const __m512i flag = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)flags));
+template <int P, int R, int G>
+T512 INLINE void columns_512(Work512<P, R, G>& work, const __m512i* code, const uint8_t* flags,
+                             const int8_t* x) {
+    const __m512i flag = four_times(flags);
     __m512i w[R];
-    for (int r = 0; r < R; r++)
-        w[r] = _mm512_shuffle_epi8(
-            work.table[r],
-            _mm512_ternarylogic_epi32(code[r], _mm512_set1_epi8(7), flag, 0xea));  // c & 7 | flag
-    for (int m = 0; m < M; m++) {
-        const int8_t* x = values + m * P * 16;
-        const __m512i hi = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x));
-        for (int r = 0; r < R; r++)
-            work.high[r][m] = _mm512_dpbusd_epi32(work.high[r][m], w[r], hi);
-        if (P == 2) {
-            const __m512i lo = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(x + 16)));
+    for (int r = 0; r < R; r++) w[r] = levels_512(work.table[r], code[r], flag);
+    for (int g = 0; g < G; g++)
+        for (int p = 0; p < P; p++) {
+            const __m512i value = four_times(x + (g * P + p) * kBlock);
             for (int r = 0; r < R; r++)
-                work.low[r][m] = _mm512_dpbusd_epi32(work.low[r][m], w[r], lo);
+                work.sum[p][r][g] = _mm512_dpbusd_epi32(work.sum[p][r][g], w[r], value);
         }
-    }
 }
 
-// Tiles t .. t + R - 1 of a unit. Planes are taken up one after the other, for want of registers.
-template <int M, int P, int R, int K>
-T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
-                           int64_t b, __m512 (*sums)[M]) {
-    stay();
-    const int8_t* values = acts.values + b * kBlock * M * P;
-    const int32_t* starts = acts.start + 4 * b * M;
-    flags += b * kBlock;
-    const __m512i spread = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
-    const __m512i entries = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, -1, -1, 6, 7, 8, 9, -1, -1, -1));
-    const __m512i zeros = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, -128, -128, 0, 0, 0, 0, -128, -128, -128));
-    const __m512i three = _mm512_set1_epi8(3);
-    Work512<M, P, R> work;
+// Tiles t .. t + R - 1 of a unit with vectors m .. m + G - 1. Planes are taken up one after the
+// other, for want of registers.
+template <int P, int K, int R, int G>
+T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, int m,
+                           __m512 (*sums)[G]) {
+    const int64_t at = b * j.batch + m;
+    const int8_t* x = j.acts.values + at * P * kBlock;
+    const uint8_t *flags = j.flags + b * kBlock, *ahead = unit + kAhead + t * 4 * kPlane;
+    Work512<P, R, G> work;
     __m512i plane[R], code[R], kept[R];
     for (int r = 0; r < R; r++) {
-        const __m512i record = _mm512_permutexvar_epi32(
-            spread, _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t + r)));
-        work.table[r] = _mm512_or_si512(_mm512_shuffle_epi8(record, entries), zeros);
-        for (int m = 0; m < M; m++) {
-            const __m512i start =
-                _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(starts + 4 * m)));
-            (P == 2 ? work.low : work.high)[r][m] = start;
-            if (P == 2) work.high[r][m] = _mm512_setzero_si512();
+        work.table[r] = table_512<K>(unit, t + r);
+        for (int g = 0; g < G; g++) {
+            work.sum[0][r][g] = _mm512_setzero_si512();
+            work.sum[P - 1][r][g] = four_times(j.acts.start + 4 * (at + g));
         }
     }
-    // a step asks for its share of a later unit's 15 lines: all at once they would stall the loads
-    const uint8_t* ahead = unit + kAhead + t * 4 * kPlane;
-#define COLUMNS(k)                                                                              \
-    for (int i = 0; i < R / 2; i++)                                                             \
-        _mm_prefetch((const char*)ahead + kPlane * ((k) * (R / 2) + i), _MM_HINT_T1);              \
-    columns_512<M, P, R>(work, code, flags + 16 * (k), values + (k) * M * P * 16)
+#define COLUMNS(k)                                                                 \
+    stay();                                                                        \
+    for (int i = 0; i < R / 2; i++) ask_for(ahead + kPlane * ((k) * (R / 2) + i)); \
+    columns_512<P, R, G>(work, code, flags + 16 * (k), x + 16 * (k))
 #define EACH(...) for (int r = 0; r < R; r++) __VA_ARGS__
 #define LOAD(i) EACH(plane[r] = _mm512_loadu_si512(planes_of<K>(unit, t + r) + (i) * kPlane))
     LOAD(0);
@@ -342,9 +371,7 @@ T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t
         COLUMNS(4);
         EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
         COLUMNS(5);
-        // bits 0-1 from A, bit 2 from C
-        EACH(code[r] = _mm512_ternarylogic_epi32(kept[r], _mm512_srli_epi16(plane[r], 4), three,
-                                                 0xe4));
+        EACH(code[r] = merged_512(kept[r], _mm512_srli_epi16(plane[r], 4)));
         COLUMNS(6);
         EACH(kept[r] = _mm512_srli_epi16(plane[r], 5));
     }
@@ -354,187 +381,186 @@ T512 INLINE void block_512(const Acts& acts, const uint8_t* flags, const uint8_t
     EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
     COLUMNS(3);
     if (K == 8) {
-        EACH(code[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(plane[r], 6), kept[r], three,
-                                                 0xe4));
+        EACH(code[r] = merged_512(_mm512_srli_epi16(plane[r], 6), kept[r]));
         COLUMNS(7);
     }
 #undef LOAD
 #undef EACH
 #undef COLUMNS
     for (int r = 0; r < R; r++) {
-        // the scale is the upper half of a record's last dword; the table's registers are free now
-        const __m512i record = _mm512_permutexvar_epi32(
-            _mm512_setr_epi32(2, 2, 2, 2, 5, 5, 5, 5, 8, 8, 8, 8, 11, 11, 11, 11),
-            _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t + r)));
-        const __m512 scale = _mm512_castsi512_ps(
-            _mm512_and_si512(record, _mm512_set1_epi32((int)0xffff0000)));
-        for (int m = 0; m < M; m++) {
-            __m512i sum = work.high[r][m];
-            if (P == 2)
-                sum = _mm512_add_epi32(_mm512_sub_epi32(_mm512_slli_epi32(sum, 8), sum),
-                                       work.low[r][m]);
-            const __m512 act = _mm512_set1_ps(acts.scale[b * M + m]);
-            sums[r][m] =
-                _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, act), sums[r][m]);
+        const __m512 scales = scales_512<K>(unit, t + r);
+        for (int g = 0; g < G; g++) {
+            __m512i s = work.sum[0][r][g];
+            if (P == 2) s = _mm512_add_epi32(_mm512_slli_epi32(s, 8), work.sum[P - 1][r][g]);
+            sums[r][g] = scaled_512(s, scales, j.acts.scale[at + g], sums[r][g]);
         }
     }
 }
 
-template <int M, int P, int R>
-T512 __attribute__((noinline)) void strip_512(const Job& j, int64_t strip, int m0) {
-    const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    __m512 sums[kTiles][M];
+template <int P, int R, int G>
+T512 INLINE void group_512(const Job& j, int64_t strip, int m) {
+    __m512 sums[kTiles][G];
     for (int t = 0; t < kTiles; t++)
-        for (int m = 0; m < M; m++) sums[t][m] = _mm512_setzero_ps();
+        for (int g = 0; g < G; g++) sums[t][g] = _mm512_setzero_ps();
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
     for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
-        for (int t = 0; t < kTiles; t += R)
-            block_512<M, P, R, 8>(acts, j.flags, unit, t, b, sums + t);
-    if (j.shape.half)
-        for (int t = 0; t < kTiles; t += R)
-            block_512<M, P, R, 4>(acts, j.flags, unit, t, j.shape.full, sums + t);
+        for (int t = 0; t < kTiles; t += R) tiles_512<P, 8, R, G>(j, unit, t, b, m, sums + t);
+    for (int t = 0; t < kTiles && j.shape.half; t += R)
+        tiles_512<P, 4, R, G>(j, unit, t, j.shape.full, m, sums + t);
     for (int t = 0; t < kTiles; t++)
-        for (int m = 0; m < M; m++) {
+        for (int g = 0; g < G; g++) {
             float lanes[16], rows[kRows];
-            _mm512_storeu_ps(lanes, sums[t][m]);
+            _mm512_storeu_ps(lanes, sums[t][g]);
             for (int i = 0; i < kRows; i++)
                 rows[i] = (lanes[4 * i] + lanes[4 * i + 1]) + (lanes[4 * i + 2] + lanes[4 * i + 3]);
-            store_sums(j, strip * kTiles + t, m0 + m, rows, 0, kRows);
+            store_sums(j, strip * kTiles + t, m + g, rows, 0, kRows);
         }
 }
 
-// Two int8 rows x 16 columns at a time. With VNNI levels are unsigned (level + 128), which `start`
-// corrects; without it products are made of |level| and the activation with the level's sign.
-template <bool VNNI>
-T256 INLINE __m256i dot_256(__m256i sum, __m256i w, __m256i size, __m256i x) {
-    if (VNNI) {
-        // the VEX form, spelled out: its intrinsic needs a target that AVX2 code cannot inline
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
-        return sum;
-    }
-    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w));  // <= 2 * 128 * 127
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+template <int P>
+T512 void strip_512(const Job& j, int64_t strip) {
+    int m = 0;
+    for (; m + 4 <= j.batch; m += 4) group_512<P, 2, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_512<P, 2, 2>(j, strip, m);
+    if (m < j.batch) group_512<P, 4, 1>(j, strip, m);
 }
+
+// ---- AVX2 and AVX-VNNI: two rows x 16 columns at a time
 
 T256 INLINE __m256i twice(const void* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
 }
 
-// Of tile t, R = 2: both halves at once; R = 1: the half that `half` names.
-template <bool VNNI, int M, int P, int R, int K>
-T256 INLINE void block_256(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
-                           int64_t b, int half, __m256 (*sums)[M]) {
-    stay();
-    const int8_t* values = acts.values + b * kBlock * M * P;
-    const int32_t* starts = acts.start + 4 * b * M;
-    flags += b * kBlock;
+// Two rows of a tile (half 0 or 1): their level tables, one in each lane, and their scales.
+template <int K>
+T256 INLINE void records_256(const uint8_t* unit, int t, int half, __m256i* table, __m256* scale) {
     const __m256i spread = _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5);
     const __m256i six = _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0);
     const __m256i entries = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, -1, -1, 6, 7, 8, 9, -1, -1, -1));
+        _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, 6, -1, 6, 7, 8, 9, -1, -1, -1));
     const __m256i zeros = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, -128, -128, 0, 0, 0, 0, -128, -128, -128));
-    const __m256i seven = _mm256_set1_epi8(7), three = _mm256_set1_epi8(3);
-    __m256i A[R], B[R], C[R], table[R], high[R][M], low[R][M];
-    __m256 scale[R];
-    for (int r = 0; r < R; r++) {
-        const uint8_t* at = planes_of<K>(unit, t) + 32 * (half + r);
-        A[r] = _mm256_loadu_si256((const __m256i*)at);
-        B[r] = _mm256_loadu_si256((const __m256i*)(at + kPlane));
-        if (K == 8) C[r] = _mm256_loadu_si256((const __m256i*)(at + 2 * kPlane));
-        __asm__("" : "+x"(A[r]), "+x"(B[r]));  // load once, not again for every shift
-        if (K == 8) __asm__("" : "+x"(C[r]));
-        const uint8_t* records = records_of<K>(unit, t) + 2 * kRecord * (half + r);
-        const __m256i record =
-            _mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int*)records, six), spread);
-        table[r] = _mm256_or_si256(_mm256_shuffle_epi8(record, entries), zeros);
-        if (!VNNI) table[r] = _mm256_xor_si256(table[r], _mm256_set1_epi8(-128));
-        scale[r] = _mm256_castsi256_ps(_mm256_and_si256(
-            _mm256_shuffle_epi32(record, 0xaa), _mm256_set1_epi32((int)0xffff0000)));
-        for (int m = 0; m < M; m++) {
-            __m256i start = _mm256_setzero_si256();
-            if (VNNI) start = twice(starts + 4 * m);
-            (P == 2 ? low : high)[r][m] = start;
-            if (P == 2) high[r][m] = _mm256_setzero_si256();
-        }
-    }
-    const uint8_t* ahead = unit + kAhead + (2 * t + half) * 2 * kPlane;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; k++) {
-        if (R == 2 ? k % 2 == 0 : k % 4 == 0)
-            _mm_prefetch((const char*)ahead + kPlane * (R * k / 4), _MM_HINT_T1);
-        const __m256i flag = twice(flags + 16 * k);
-        __m256i w[R], size[R];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; r++) {
-            __m256i code;
-            switch (k) {
-                case 0: code = A[r]; break;
-                case 1: code = _mm256_srli_epi16(A[r], 3); break;
-                case 2: code = B[r]; break;
-                case 3: code = _mm256_srli_epi16(B[r], 3); break;
-                case 4: code = C[r]; break;
-                case 5: code = _mm256_srli_epi16(C[r], 3); break;
-                case 6:
-                    code = _mm256_or_si256(
-                        _mm256_and_si256(_mm256_srli_epi16(A[r], 6), three),
-                        _mm256_andnot_si256(three, _mm256_srli_epi16(C[r], 4)));
-                    break;
-                default:
-                    code = _mm256_or_si256(
-                        _mm256_and_si256(_mm256_srli_epi16(B[r], 6), three),
-                        _mm256_andnot_si256(three, _mm256_srli_epi16(C[r], 5)));
-                    break;
-            }
-            const __m256i index = _mm256_or_si256(_mm256_and_si256(code, seven), flag);
-            w[r] = _mm256_shuffle_epi8(table[r], index);
-            size[r] = VNNI ? w[r] : _mm256_abs_epi8(w[r]);
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-            const int8_t* x = values + (k * M + m) * P * 16;
-            const __m256i hi = twice(x);
-            for (int r = 0; r < R; r++) high[r][m] = dot_256<VNNI>(high[r][m], w[r], size[r], hi);
-            if (P == 2) {
-                const __m256i lo = twice(x + 16);
-                for (int r = 0; r < R; r++) low[r][m] = dot_256<VNNI>(low[r][m], w[r], size[r], lo);
-            }
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        const __m256 act = _mm256_set1_ps(acts.scale[b * M + m]);
-        for (int r = 0; r < R; r++) {
-            __m256i sum = high[r][m];
-            if (P == 2)
-                sum = _mm256_add_epi32(
-                    _mm256_sub_epi32(_mm256_slli_epi32(sum, 8), sum), low[r][m]);
-            sums[r][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale[r], act),
-                                         sums[r][m]);
-        }
+        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, 0, -128, 0, 0, 0, 0, -128, -128, -128));
+    const uint8_t* records = records_of<K>(unit, t) + 2 * kRecord * half;
+    const __m256i record =
+        _mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int*)records, six), spread);
+    *table = _mm256_or_si256(_mm256_shuffle_epi8(record, entries), zeros);
+    *scale = _mm256_castsi256_ps(_mm256_and_si256(_mm256_shuffle_epi32(record, 0xaa),
+                                                  _mm256_set1_epi32((int)0xffff0000)));
+}
+
+T256 INLINE __m256i merged_256(__m256i low, __m256i rest) {
+    const __m256i three = _mm256_set1_epi8(3);
+    return _mm256_or_si256(_mm256_and_si256(low, three), _mm256_andnot_si256(three, rest));
+}
+
+// Codes of columns 16k .. 16k + 15, in the low three bits of each byte.
+T256 INLINE __m256i code_256(int k, __m256i A, __m256i B, __m256i C) {
+    switch (k) {
+        case 0: return A;
+        case 1: return _mm256_srli_epi16(A, 3);
+        case 2: return B;
+        case 3: return _mm256_srli_epi16(B, 3);
+        case 4: return C;
+        case 5: return _mm256_srli_epi16(C, 3);
+        case 6: return merged_256(_mm256_srli_epi16(A, 6), _mm256_srli_epi16(C, 4));
+        default: return merged_256(_mm256_srli_epi16(B, 6), _mm256_srli_epi16(C, 5));
     }
 }
 
-template <bool VNNI, int M, int P, int R>
-T256 __attribute__((noinline)) void strip_256(const Job& j, int64_t strip, int m0) {
-    const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    __m256 sums[2 * kTiles][M];
+// 32 levels of R halves times the activations of their 16 columns. VNNI: int8 planes. AVX2: int16,
+// levels of even and odd columns apart; 255 * 32512 * 128 < 2^31.
+template <bool VNNI, int R>
+T256 INLINE void dot_256(__m256i* sum, const __m256i* w, const int8_t* x) {
+    const __m256i first = twice(x);
+    if (VNNI) {
+        // the VEX form, spelled out: its intrinsic needs a target that AVX2 code cannot inline
+        for (int r = 0; r < R; r++)
+            __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[r]) : "x"(w[r]), "x"(first));
+        return;
+    }
+    const __m256i second = twice(x + 16);
+    for (int r = 0; r < R; r++) {
+        const __m256i even = _mm256_and_si256(w[r], _mm256_set1_epi16(255));
+        const __m256i odd = _mm256_srli_epi16(w[r], 8);
+        sum[r] = _mm256_add_epi32(sum[r], _mm256_add_epi32(_mm256_madd_epi16(even, first),
+                                                           _mm256_madd_epi16(odd, second)));
+    }
+}
+
+// R pairs of rows of a unit, i and on, with G vectors.
+template <bool VNNI, int P, int K, int R, int G>
+T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
+                          __m256 (*sums)[G]) {
+    constexpr int planes = VNNI ? P : 1, size = values_of(!VNNI, P), step = VNNI ? 16 : 32;
+    const int64_t at = b * j.batch + m;
+    const int8_t* x = j.acts.values + at * size;
+    const uint8_t *flags = j.flags + b * kBlock, *ahead = unit + kAhead + 2 * i * kPlane;
+    __m256i A[R], B[R], C[R], table[R], sum[planes][G][R];
+    __m256 scale[R];
+    for (int r = 0; r < R; r++) {
+        const uint8_t* codes = planes_of<K>(unit, i / 2) + 32 * (i % 2 + r);
+        A[r] = _mm256_loadu_si256((const __m256i*)codes);
+        B[r] = _mm256_loadu_si256((const __m256i*)(codes + kPlane));
+        C[r] = K == 8 ? _mm256_loadu_si256((const __m256i*)(codes + 2 * kPlane)) : A[r];
+        records_256<K>(unit, i / 2, i % 2 + r, table + r, scale + r);
+        for (int g = 0; g < G; g++) {
+            sum[0][g][r] = _mm256_setzero_si256();
+            sum[planes - 1][g][r] = twice(j.acts.start + 4 * (at + g));
+        }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < K; k++) {
+        stay();
+        if (k % (4 / R) == 0) ask_for(ahead + k / (4 / R) * kPlane);
+        const __m256i flag = twice(flags + 16 * k);
+        __m256i w[R];
+        for (int r = 0; r < R; r++)
+            w[r] = _mm256_shuffle_epi8(
+                table[r], _mm256_or_si256(_mm256_and_si256(code_256(k, A[r], B[r], C[r]),
+                                                           _mm256_set1_epi8(7)),
+                                          flag));
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++)
+            for (int p = 0; p < planes; p++)
+                dot_256<VNNI, R>(sum[p][g], w, x + g * size + p * kBlock + step * k);
+    }
+    for (int g = 0; g < G; g++)
+        for (int r = 0; r < R; r++) {
+            __m256i s = sum[0][g][r];
+            if (planes == 2) s = _mm256_add_epi32(_mm256_slli_epi32(s, 8), sum[planes - 1][g][r]);
+            sums[r][g] = _mm256_fmadd_ps(
+                _mm256_cvtepi32_ps(s), _mm256_mul_ps(scale[r], _mm256_set1_ps(j.acts.scale[at + g])),
+                sums[r][g]);
+        }
+}
+
+template <bool VNNI, int P, int R, int G>
+T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
+    __m256 sums[2 * kTiles][G];
     for (int i = 0; i < 2 * kTiles; i++)
-        for (int m = 0; m < M; m++) sums[i][m] = _mm256_setzero_ps();
+        for (int g = 0; g < G; g++) sums[i][g] = _mm256_setzero_ps();
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
     for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
         for (int i = 0; i < 2 * kTiles; i += R)
-            block_256<VNNI, M, P, R, 8>(acts, j.flags, unit, i / 2, b, i % 2, sums + i);
-    if (j.shape.half)
-        for (int i = 0; i < 2 * kTiles; i += R)
-            block_256<VNNI, M, P, R, 4>(acts, j.flags, unit, i / 2, j.shape.full, i % 2, sums + i);
+            rows_256<VNNI, P, 8, R, G>(j, unit, i, b, m, sums + i);
+    for (int i = 0; i < 2 * kTiles && j.shape.half; i += R)
+        rows_256<VNNI, P, 4, R, G>(j, unit, i, j.shape.full, m, sums + i);
     for (int i = 0; i < 2 * kTiles; i++)
-        for (int m = 0; m < M; m++) {
+        for (int g = 0; g < G; g++) {
             float lanes[8], rows[2];
-            _mm256_storeu_ps(lanes, sums[i][m]);
+            _mm256_storeu_ps(lanes, sums[i][g]);
             for (int k = 0; k < 2; k++)
                 rows[k] = (lanes[4 * k] + lanes[4 * k + 1]) + (lanes[4 * k + 2] + lanes[4 * k + 3]);
-            store_sums(j, strip * kTiles + i / 2, m0 + m, rows, 2 * (i % 2), 2);
+            store_sums(j, strip * kTiles + i / 2, m + g, rows, 2 * (i % 2), 2);
         }
+}
+
+template <bool VNNI, int P>
+T256 void strip_256(const Job& j, int64_t strip) {
+    int m = 0;
+    for (; m + 4 <= j.batch; m += 4) group_256<VNNI, P, 1, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_256<VNNI, P, 1, 2>(j, strip, m);
+    if (m < j.batch) group_256<VNNI, P, 2, 1>(j, strip, m);
 }
 
 #endif
@@ -553,16 +579,18 @@ INLINE int32x4_t dot_armv82(int32x4_t sum, int8x16_t w, int8x16_t x) {
     return sum;
 }
 
-template <bool DOT, int M, int P, int K>
-INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* unit, int t,
-                       int64_t b, int r, float32x4_t* sums) {
-    static const uint8_t entries[16] = {255, 0, 1, 2, 3, 4, 5,   255,
+template <bool DOT, int P, int K, int G>
+INLINE void row_neon(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
+                     float32x4_t* sums) {
+    static const uint8_t entries[16] = {255, 0, 1, 2, 3, 4, 5,   6,
                                         255, 6, 7, 8, 9, 255, 255, 255};
-    static const uint8_t zeros[16] = {128, 0, 0, 0, 0, 0, 0,   128,
+    static const uint8_t zeros[16] = {128, 0, 0, 0, 0, 0, 0,   0,
                                       128, 0, 0, 0, 0, 128, 128, 128};
     stay();
-    const int8_t* values = acts.values + b * kBlock * M * P;
-    flags += b * kBlock;
+    const int t = i / kRows, r = i % kRows;
+    const int64_t at = b * j.batch + m;
+    const int8_t* x = j.acts.values + at * P * kBlock;
+    const uint8_t* flags = j.flags + b * kBlock;
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
     const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
     uint8_t own[16] = {0};
@@ -572,8 +600,8 @@ INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* un
     const uint8x16_t A = vld1q_u8(planes), B = vld1q_u8(planes + kPlane);
     const uint8x16_t C = K == 8 ? vld1q_u8(planes + 2 * kPlane) : A;
     const uint8x16_t seven = vdupq_n_u8(7), four = vdupq_n_u8(4);
-    int32x4_t high[M], low[M];
-    for (int m = 0; m < M; m++) high[m] = low[m] = vdupq_n_s32(0);
+    int32x4_t high[G], low[G];
+    for (int g = 0; g < G; g++) high[g] = low[g] = vdupq_n_s32(0);
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
         uint8x16_t code;
@@ -590,135 +618,90 @@ INLINE void block_neon(const Acts& acts, const uint8_t* flags, const uint8_t* un
         const int8x16_t w = vreinterpretq_s8_u8(
             vqtbl1q_u8(table, vorrq_u8(code, vld1q_u8(flags + 16 * k))));
 #pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-            const int8_t* x = values + (k * M + m) * P * 16;
-            const int8x16_t hi = vld1q_s8(x);
-            high[m] = DOT ? dot_armv82(high[m], w, hi) : dot_neon(high[m], w, hi);
+        for (int g = 0; g < G; g++) {
+            const int8_t* at_k = x + g * P * kBlock + 16 * k;
+            const int8x16_t hi = vld1q_s8(at_k);
+            high[g] = DOT ? dot_armv82(high[g], w, hi) : dot_neon(high[g], w, hi);
             if (P == 2) {
-                const int8x16_t lo = vld1q_s8(x + 16);
-                low[m] = DOT ? dot_armv82(low[m], w, lo) : dot_neon(low[m], w, lo);
+                const int8x16_t lo = vld1q_s8(at_k + kBlock);
+                low[g] = DOT ? dot_armv82(low[g], w, lo) : dot_neon(low[g], w, lo);
             }
         }
     }
     const float scale = record_scale(record);
-    for (int m = 0; m < M; m++) {
-        const int32x4_t sum =
-            P == 2 ? vaddq_s32(vsubq_s32(vshlq_n_s32(high[m], 8), high[m]), low[m]) : high[m];
-        const float act = scale * acts.scale[b * M + m];
-        sums[m] = vfmaq_n_f32(sums[m], vcvtq_f32_s32(sum), act);
+    for (int g = 0; g < G; g++) {
+        const int32x4_t sum = P == 2 ? vaddq_s32(vshlq_n_s32(high[g], 8), low[g]) : high[g];
+        sums[g] = vfmaq_n_f32(sums[g], vcvtq_f32_s32(sum), scale * j.acts.scale[at + g]);
     }
 }
 
-template <bool DOT, int M, int P>
-void strip_neon(const Job& j, int64_t strip, int m0) {
-    const Acts acts = group_of<P>(j.acts, j.shape.blocks(), m0);
-    float32x4_t sums[kTiles * kRows][M];
-    for (int i = 0; i < kTiles * kRows; i++)
-        for (int m = 0; m < M; m++) sums[i][m] = vdupq_n_f32(0);
+template <bool DOT, int P, int G>
+INLINE void group_neon(const Job& j, int64_t strip, int m) {
+    constexpr int rows = kTiles * kRows;
+    float32x4_t sums[rows][G];
+    for (int i = 0; i < rows; i++)
+        for (int g = 0; g < G; g++) sums[i][g] = vdupq_n_f32(0);
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
     for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
-        for (int i = 0; i < kTiles * kRows; i++)
-            block_neon<DOT, M, P, 8>(acts, j.flags, unit, i / kRows, b, i % kRows, sums[i]);
-    if (j.shape.half)
-        for (int i = 0; i < kTiles * kRows; i++)
-            block_neon<DOT, M, P, 4>(acts, j.flags, unit, i / kRows, j.shape.full, i % kRows,
-                                     sums[i]);
-    for (int i = 0; i < kTiles * kRows; i++)
-        for (int m = 0; m < M; m++) {
-            const float sum = vaddvq_f32(sums[i][m]);
-            store_sums(j, strip * kTiles + i / kRows, m0 + m, &sum, i % kRows, 1);
+        for (int i = 0; i < rows; i++) row_neon<DOT, P, 8, G>(j, unit, i, b, m, sums[i]);
+    for (int i = 0; i < rows && j.shape.half; i++)
+        row_neon<DOT, P, 4, G>(j, unit, i, j.shape.full, m, sums[i]);
+    for (int i = 0; i < rows; i++)
+        for (int g = 0; g < G; g++) {
+            const float sum = vaddvq_f32(sums[i][g]);
+            store_sums(j, strip * kTiles + i / kRows, m + g, &sum, i % kRows, 1);
         }
+}
+
+template <bool DOT, int P>
+void strip_neon(const Job& j, int64_t strip) {
+    int m = 0;
+    for (; m + 4 <= j.batch; m += 4) group_neon<DOT, P, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_neon<DOT, P, 2>(j, strip, m);
+    if (m < j.batch) group_neon<DOT, P, 1>(j, strip, m);
 }
 
 #endif
 // ---- dispatch ----------------------------------------------------------------------------------
 
-// Multiply a strip (16 rows) with a group of vectors that starts at m0.
-typedef void (*Step)(const Job&, int64_t strip, int m0);
+// Multiply a strip (16 rows) with all vectors: its codes come from memory once.
+typedef void (*Strip)(const Job&, int64_t strip);
 
-constexpr int kSizes = 3;
-const int kSize[kSizes] = {4, 2, 1};  // vectors that a step takes
-
-struct Steps {
-    Step step[kSizes];
-};
-
-#if defined(__x86_64__)
 template <int P>
-const Steps steps_512 = {{strip_512<4, P, 2>, strip_512<2, P, 2>, strip_512<1, P, 4>}};
-template <bool VNNI, int P>
-const Steps steps_256 = {
-    {strip_256<VNNI, 4, P, 1>, strip_256<VNNI, 2, P, 1>, strip_256<VNNI, 1, P, 2>}};
-#endif
-#if defined(__aarch64__)
-template <bool DOT, int P>
-const Steps steps_neon = {{strip_neon<DOT, 4, P>, strip_neon<DOT, 2, P>, strip_neon<DOT, 1, P>}};
-#endif
-
-// Null = portable, which takes all vectors at once.
-template <int P>
-const Steps* steps_of(int isa) {
+Strip strip_of(int isa) {
     switch (isa) {
 #if defined(__x86_64__)
-        case AVX2: return &steps_256<false, P>;
-        case AVXVNNI: return &steps_256<true, P>;
-        case AVX512: return &steps_512<P>;
+        case AVX2: return strip_256<false, P>;
+        case AVXVNNI: return strip_256<true, P>;
+        case AVX512: return strip_512<P>;
 #endif
 #if defined(__aarch64__)
-        case NEON: return &steps_neon<false, P>;
-        case NEONDOT: return &steps_neon<true, P>;
+        case NEON: return strip_neon<false, P>;
+        case NEONDOT: return strip_neon<true, P>;
 #endif
-        default: return nullptr;
-    }
-}
-
-// Which of `kSize` takes the next vectors of `left`.
-INLINE int pick(int left) {
-    int s = 0;
-    while (kSize[s] > left) s++;
-    return s;
-}
-
-// All vectors: the codes of a strip come from memory once and stay in the cache.
-template <int P>
-void multiply_strip(const Job& j, const Steps* steps, int64_t strip, int batch) {
-    if (!steps) return strip_portable<P>(j, strip, batch);
-    for (int m = 0; m < batch;) {
-        const int s = pick(batch - m);
-        steps->step[s](j, strip, m);
-        m += kSize[s];
+        default: return strip_portable<P>;
     }
 }
 
 template <int P>
-void multiply(const Job& j, int isa, int batch, int threads) {
-    const Steps* steps = steps_of<P>(isa);
+void multiply(const Job& j, int isa, int threads) {
+    const Strip strip = strip_of<P>(isa);
     const int64_t strips = j.shape.strips;
     // below about 50 kB a second thread costs more than it saves
-    const int64_t worth = strips * j.shape.stride * batch / 50000;
+    const int64_t worth = strips * j.shape.stride * j.batch / 50000;
     if (threads > worth) threads = worth < 1 ? 1 : (int)worth;
     int64_t chunk = strips / (8 * threads);
     chunk = chunk < 1 ? 1 : chunk;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < strips; i++) multiply_strip<P>(j, steps, i, batch);
-}
-
-template <int P, class T>
-INLINE void quantise_all(const Steps* steps, const Shape& s, const T* x, int batch, int8_t* values,
-                         float* scale, int32_t* start) {
-    for (int m = 0; m < batch;) {
-        const int count = steps ? kSize[pick(batch - m)] : batch;
-        quantise_group<P>(s, x, m, count, values, scale, start);
-        m += count;
-    }
+    for (int64_t i = 0; i < strips; i++) strip(j, i);
 }
 
 #if defined(__x86_64__)
 // The same code, compiled for wider registers.
-template <int P, class T>
-T256 void quantise_avx2(const Steps* steps, const Shape& s, const T* x, int batch, int8_t* values,
-                        float* scale, int32_t* start) {
-    quantise_all<P>(steps, s, x, batch, values, scale, start);
+template <bool WORDS, int P, class T>
+T256 void quantise_256(const Shape& s, const T* x, int batch, int8_t* values, float* scale,
+                       int32_t* start) {
+    quantise_all<WORDS, P>(s, x, batch, values, scale, start);
 }
 #endif
 
@@ -726,21 +709,21 @@ template <int P, class T>
 void quantise([[maybe_unused]] int isa, const Shape& s, const T* x, int batch, int8_t* values,
               float* scale, int32_t* start) {
 #if defined(__x86_64__)
-    if (isa != PORTABLE)
-        return quantise_avx2<P>(steps_of<P>(isa), s, x, batch, values, scale, start);
+    if (isa == AVX2) return quantise_256<true, P>(s, x, batch, values, scale, start);
+    if (isa != PORTABLE) return quantise_256<false, P>(s, x, batch, values, scale, start);
 #endif
-    quantise_all<P>(steps_of<P>(isa), s, x, batch, values, scale, start);
+    quantise_all<false, P>(s, x, batch, values, scale, start);
 }
 
 template <int P>
-void linear(Job& j, const void* x, int dtype, int batch, int isa, int threads, int8_t* values,
-            float* scale, int32_t* start) {
+void linear(Job& j, const void* x, int dtype, int isa, int threads, int8_t* values, float* scale,
+            int32_t* start) {
     if (dtype == BFLOAT16)
-        quantise<P>(isa, j.shape, (const uint16_t*)x, batch, values, scale, start);
+        quantise<P>(isa, j.shape, (const uint16_t*)x, j.batch, values, scale, start);
     else
-        quantise<P>(isa, j.shape, (const float*)x, batch, values, scale, start);
+        quantise<P>(isa, j.shape, (const float*)x, j.batch, values, scale, start);
     j.acts = Acts{values, scale, start};
-    multiply<P>(j, isa, batch, threads);
+    multiply<P>(j, isa, threads);
 }
 
 // ---- dense panels ------------------------------------------------------------------------------
@@ -766,56 +749,166 @@ INLINE void dense_row(const uint8_t* unit, const uint8_t* flags, int t, int r, i
 }
 
 #if defined(__x86_64__)
-// A row's 16 values are one register of float32, or half a register of bfloat16.
-T512 INLINE void place_512(__m128i index, __m512 values, float* out) {
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(index), values));
+// Where the level of each weight of a row stands in its table, 32 columns in each of K / 2 registers.
+template <int K>
+T256 INLINE void row_index_256(const uint8_t* planes, const uint8_t* flags, __m256i* index) {
+    const __m256i by_three = _mm256_setr_epi32(0, 0, 0, 0, 3, 3, 3, 3);
+    const __m256i A = twice(planes), B = twice(planes + kPlane);
+    index[0] = _mm256_srlv_epi32(A, by_three);
+    index[1] = _mm256_srlv_epi32(B, by_three);
+    if (K == 8) {
+        const __m256i C = twice(planes + 2 * kPlane);
+        index[2] = _mm256_srlv_epi32(C, by_three);
+        index[3] = merged_256(_mm256_srli_epi32(_mm256_blend_epi32(A, B, 0xf0), 6),
+                              _mm256_srlv_epi32(C, _mm256_setr_epi32(4, 4, 4, 4, 5, 5, 5, 5)));
+    }
+    for (int i = 0; i < K / 2; i++)
+        index[i] = _mm256_or_si256(_mm256_and_si256(index[i], _mm256_set1_epi8(7)),
+                                   _mm256_loadu_si256((const __m256i*)(flags + 32 * i)));
 }
 
-T512 INLINE void place_512(__m128i index, __m512 values, uint16_t* out) {
-    // round to nearest even, as torch does; levels are finite
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m256i table = _mm512_cvtepi32_epi16(_mm512_srli_epi32(
-        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16));
-    _mm256_storeu_si256((__m256i*)out,
-                        _mm256_permutexvar_epi16(_mm256_cvtepu8_epi16(index), table));
+// The int8 level table of one row.
+T256 INLINE __m128i row_levels(const uint8_t* record) {
+    const __m128i entries = _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, 6, -1, 6, 7, 8, 9, -1, -1, -1);
+    const __m128i zeros =
+        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, 0, -128, 0, 0, 0, 0, -128, -128, -128);
+    const __m128i bytes = _mm_maskload_epi32((const int*)record, _mm_setr_epi32(-1, -1, -1, 0));
+    return _mm_xor_si128(_mm_or_si128(_mm_shuffle_epi8(bytes, entries), zeros),
+                         _mm_set1_epi8(-128));
 }
 
-template <int K, class T>
+// Eight levels times their scale.
+T256 INLINE __m256 values_256(__m128i levels, float scale) {
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(levels)), _mm256_set1_ps(scale));
+}
+
+// As bfloat16 in the upper half of each dword: rounded to nearest even, as torch does.
+T256 INLINE __m256i rounded_256(__m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
+// A row's values as torch wants them, by type.
+template <class T>
+struct Row256;
+
+template <>
+struct Row256<float> {
+    __m256i levels;
+    float scale;
+    T256 INLINE Row256(__m128i table, float s)
+        : levels(_mm256_broadcastsi128_si256(table)), scale(s) {}
+    T256 INLINE void place(__m256i index, float* out) const {
+        int8_t w[32];
+        _mm256_storeu_si256((__m256i*)w, _mm256_shuffle_epi8(levels, index));
+        for (int i = 0; i < 32; i += 8)
+            _mm256_storeu_ps(out + i,
+                             values_256(_mm_loadl_epi64((const __m128i*)(w + i)), scale));
+    }
+};
+
+template <>
+struct Row256<uint16_t> {
+    __m256i low, high;  // bytes of the 16 values
+    T256 INLINE Row256(__m128i table, float scale) {
+        const __m256i words = _mm256_permute4x64_epi64(
+            _mm256_packus_epi32(
+                _mm256_srli_epi32(rounded_256(values_256(table, scale)), 16),
+                _mm256_srli_epi32(rounded_256(values_256(_mm_srli_si128(table, 8), scale)), 16)),
+            0xd8);
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(255)),
+                                _mm256_srli_epi16(words, 8)),
+            0xd8);
+        low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+        high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+    }
+    T256 INLINE void place(__m256i index, uint16_t* out) const {
+        const __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
+        const __m256i a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
+        _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(a, b, 0x20));
+        _mm256_storeu_si256((__m256i*)(out + 16), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+};
+
+// Wider: one lookup for 16 values of float32, or for 32 of bfloat16.
+template <class T>
+struct Row512;
+
+template <>
+struct Row512<float> {
+    __m512 values;
+    T512 INLINE Row512(__m128i table, float scale)
+        : values(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(table)),
+                               _mm512_set1_ps(scale))) {}
+    T512 INLINE void place(__m256i index, float* out) const {
+        for (int i = 0; i < 2; i++) {
+            const __m128i half = i ? _mm256_extracti128_si256(index, 1)
+                                   : _mm256_castsi256_si128(index);
+            _mm512_storeu_ps(out + 16 * i,
+                             _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(half), values));
+        }
+    }
+};
+
+template <>
+struct Row512<uint16_t> {
+    __m512i values;
+    T512 INLINE Row512(__m128i table, float scale) {
+        const __m512i bits = _mm512_castps_si512(Row512<float>(table, scale).values);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded =
+            _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        values = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+    T512 INLINE void place(__m256i index, uint16_t* out) const {
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(index), values));
+    }
+};
+
+template <class Row, int K, class T>
+T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
+    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
+    const Row row(row_levels(record), record_scale(record));
+    __m256i index[4];
+    row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
+    for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
+}
+
+// The same with the other target; `Row`'s functions are only inlined into their own.
+template <class Row, int K, class T>
 T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    int8_t levels[16];
-    level_table(record, levels);
-    const __m512 values = _mm512_mul_ps(
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)levels))),
-        _mm512_set1_ps(record_scale(record)));
-    const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
-    const __m128i A = _mm_loadu_si128((const __m128i*)planes);
-    const __m128i B = _mm_loadu_si128((const __m128i*)(planes + kPlane));
-    const __m128i C = K == 8 ? _mm_loadu_si128((const __m128i*)(planes + 2 * kPlane)) : A;
-    const __m128i three = _mm_set1_epi8(3), seven = _mm_set1_epi8(7);
-    const __m128i code[8] = {
-        A, _mm_srli_epi16(A, 3), B, _mm_srli_epi16(B, 3), C, _mm_srli_epi16(C, 3),
-        _mm_ternarylogic_epi32(_mm_srli_epi16(A, 6), _mm_srli_epi16(C, 4), three, 0xe4),
-        _mm_ternarylogic_epi32(_mm_srli_epi16(B, 6), _mm_srli_epi16(C, 5), three, 0xe4)};
-    for (int k = 0; k < K; k++) {
-        const __m128i flag = _mm_loadu_si128((const __m128i*)(flags + 16 * k));
-        place_512(_mm_ternarylogic_epi32(code[k], seven, flag, 0xea), values, out + 16 * k);
-    }
+    const Row row(row_levels(record), record_scale(record));
+    __m256i index[4];
+    row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
+    for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
+}
+
+// Whole units by `fast`, what is left of a unit by plain code.
+#define DENSE_ROW(fast, Row)                                                                   \
+    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {       \
+        const int64_t left = s.cols - b * kBlock;                                               \
+        if (left >= kBlock) fast<Row<T>, 8>(unit, flags, t, r, out);                            \
+        else dense_row<8>(unit, flags, t, r, (int)left, out);                                   \
+    }                                                                                           \
+    const int64_t left = s.cols - s.full * kBlock;                                              \
+    if (s.half && left == kBlock / 2) fast<Row<T>, 4>(unit, flags, t, r, out);                  \
+    else if (s.half) dense_row<4>(unit, flags, t, r, (int)left, out)
+
+template <class T>
+T256 void dense_256(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
+                    T* out) {
+    DENSE_ROW(dense_row_256, Row256);
 }
 
 template <class T>
 T512 void dense_512(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
                     T* out) {
-    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {
-        const int64_t left = s.cols - b * kBlock;
-        if (left >= kBlock) dense_row_512<8>(unit, flags, t, r, out);
-        else dense_row<8>(unit, flags, t, r, (int)left, out);
-    }
-    const int64_t left = s.cols - s.full * kBlock;
-    if (s.half && left == kBlock / 2) dense_row_512<4>(unit, flags, t, r, out);
-    else if (s.half) dense_row<4>(unit, flags, t, r, (int)left, out);
+    DENSE_ROW(dense_row_512, Row512);
 }
+#undef DENSE_ROW
 #endif
 
 template <class T>
@@ -837,12 +930,12 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
         const int t = (int)(row / kRows % kTiles), r = (int)(row % kRows);
         T* to = out + (row - row0) * s.cols;
 #if defined(__x86_64__)
-        if (isa == AVX512) {
-            dense_512(s, unit, flags, t, r, to);
-            continue;
-        }
-#endif
+        if (isa == AVX512) dense_512(s, unit, flags, t, r, to);
+        else if (isa != PORTABLE) dense_256(s, unit, flags, t, r, to);
+        else dense_any(s, unit, flags, t, r, to);
+#else
         dense_any(s, unit, flags, t, r, to);
+#endif
     }
 }
 
@@ -898,11 +991,12 @@ uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t word
 // ---- what Python calls -------------------------------------------------------------------------
 
 // Version of this interface; native.py refuses another.
-EXPORT int subbit_b3_version() { return 1; }
+EXPORT int subbit_b3_version() { return 2; }
 
-// Whether this processor (and this build) runs instruction set `isa`.
-EXPORT int subbit_b3_supports(int isa) {
-    if (isa == PORTABLE) return 1;
+namespace {
+
+bool detect(int isa) {
+    if (isa == PORTABLE) return true;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -932,28 +1026,49 @@ EXPORT int subbit_b3_supports(int isa) {
     return 0;
 }
 
-// out (batch, rows) float32 = x (batch, cols) @ W^T; batch 1 .. 16, planes 1 or 2.
+// Asking the processor traps in virtual machines, so it is asked once.
+const struct Found {
+    bool has[NEONDOT + 1];
+    Found() {
+        for (int i = 0; i <= NEONDOT; i++) has[i] = detect(i);
+    }
+} kFound;
+
+}  // namespace
+
+// Whether this processor (and this build) runs instruction set `isa`.
+EXPORT int subbit_b3_supports(int isa) { return isa >= 0 && isa <= NEONDOT && kFound.has[isa]; }
+
+// out (batch, rows) = x (batch, cols) @ W^T, both of one type; planes 1 or 2.
 // Returns 0; 1 = sizes that do not fit, 2 = out of memory, 3 = unknown instruction set.
-EXPORT int subbit_b3_linear(const void* x, int dtype, int batch, const uint8_t* tiles,
+EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8_t* tiles,
                             int64_t tile_bytes, const uint8_t* flags, int64_t flag_bytes,
-                            int64_t rows, int64_t cols, float* out, int planes, int isa,
+                            int64_t rows, int64_t cols, void* out, int planes, int isa,
                             int threads) {
     Job job;
     if (!make_shape(rows, cols, tile_bytes, flag_bytes, &job.shape)) return 1;
-    if (batch < 1 || batch > kMaxBatch || (planes != 1 && planes != 2) || threads < 1) return 1;
+    if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
-    job.tiles = tiles, job.flags = flags, job.out = out;
-    const int64_t blocks = job.shape.blocks() * batch;
-    const int64_t plane_bytes = blocks * kBlock * planes;
+    job.tiles = tiles, job.flags = flags;
+    const int64_t most = batch < kMaxBatch ? batch : kMaxBatch, blocks = job.shape.blocks() * most;
+    const int64_t plane_bytes = blocks * values_of(isa == AVX2, planes);
+    const int64_t out_bytes = dtype == BFLOAT16 ? most * rows * 4 : 0;
     void* scratch = nullptr;
-    if (posix_memalign(&scratch, 64, (size_t)(plane_bytes + blocks * 20))) return 2;
+    if (posix_memalign(&scratch, 64, (size_t)(plane_bytes + blocks * 20 + out_bytes))) return 2;
     int8_t* values = (int8_t*)scratch;
     int32_t* start = (int32_t*)(values + plane_bytes);
     float* scale = (float*)(start + 4 * blocks);
-    if (planes == 2)
-        linear<2>(job, x, dtype, batch, isa, threads, values, scale, start);
-    else
-        linear<1>(job, x, dtype, batch, isa, threads, values, scale, start);
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4;
+    for (int64_t m = 0; m < batch; m += most) {
+        const void* from = (const char*)x + m * cols * size;
+        void* to = (char*)out + m * rows * size;
+        job.batch = (int)(batch - m < most ? batch - m : most);
+        job.out = dtype == BFLOAT16 ? scale + blocks : (float*)to;
+        if (planes == 2) linear<2>(job, from, dtype, isa, threads, values, scale, start);
+        else linear<1>(job, from, dtype, isa, threads, values, scale, start);
+        if (dtype == BFLOAT16)
+            for (int64_t i = 0; i < job.batch * rows; i++) ((uint16_t*)to)[i] = to_bfloat16(job.out[i]);
+    }
     free(scratch);
     return 0;
 }

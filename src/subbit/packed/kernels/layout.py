@@ -1,22 +1,23 @@
 """The resident layout B3: what a packed linear is expanded to when it is loaded.
 
-A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level, in a
-salient column 1..4 = salient level. A tile's codes are three planes A, B, C of 64 bytes; byte
-`16 r + j` belongs to row r and columns `16 k + j`, k = 0..7:
+A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level (1..7 where
+no column is salient), in a salient column 1..4 = salient level. A tile's codes are three planes A,
+B, C of 64 bytes; byte `16 r + j` belongs to row r and columns `16 k + j`, k = 0..7:
 
 - A: k=0 in bits 0-2, k=1 in bits 3-5, low two bits of k=6 in bits 6-7;
 - B: k=2, k=3, low two bits of k=7 likewise;
 - C: k=4 in bits 0-2, k=5 in bits 3-5, bit 2 of k=6 in bit 6, bit 2 of k=7 in bit 7.
 
 A row's level record is 12 bytes: 6 ordinary and 4 salient levels, each int8 + 128 (absent levels
-128), then the scale, bfloat16, little-endian.
+128), then the scale, bfloat16, little-endian. A seventh ordinary level has the place of the first
+salient one.
 
 A unit is 16 rows x 128 columns, 960 bytes: the planes of its four tiles (A, B, C of the first...),
 then its 16 records: whole cache lines, read from front to back. Units follow each other along the
 columns, then down the rows. Rows and columns that do not exist have code 0; such rows have scale 0.
 If at most 64 columns are left for the last unit of 16 rows, its tiles have no plane C and no k > 3:
 704 bytes. `flags`, one byte a column shared by all rows, is 8 in salient columns, else 0:
-code | flag is the place of a weight's level in `0, l1..l6, 0, 0, s1..s4, 0, 0, 0`.
+code | flag is the place of a weight's level in `0, l1..l6, l7 or s1, 0, s1..s4, 0, 0, 0`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ UNIT_ROWS = 16
 _TILES = 4
 _PLANE = 64
 _ORDINARY, _SALIENT = 6, 4
+_ALONE = 7
+"""Ordinary levels at most where no column is salient."""
 _RECORD = _ORDINARY + _SALIENT + 2
 _RECORDS = UNIT_ROWS * _RECORD
 _FULL = 3 * _TILES * _PLANE + _RECORDS
@@ -56,7 +59,7 @@ def fits(layout: AnyLayout) -> bool:
     return (
         layout.int8
         and layout.salient_elements is None
-        and counts[0] <= _ORDINARY
+        and counts[0] <= (_ALONE if layout.salient is None else _ORDINARY)
         and (layout.salient is None or counts[-1] <= _SALIENT)
         and (layout.groups == 1 or layout.group_size % BLOCK == 0)
     )
@@ -130,7 +133,7 @@ def dense_rows(
     """Decode rows `start:stop`, `start` a multiple of 16: `dtype` `(stop - start, cols)`."""
     codes, levels, scale = _rows_of(tiles, cols, start, stop)
     table = levels.new_zeros(*levels.shape[:2], 16)
-    table[..., 1 : 1 + _ORDINARY] = levels[..., :_ORDINARY]
+    table[..., 1 : 1 + _ALONE] = levels[..., :_ALONE]
     table[..., 9 : 9 + _SALIENT] = levels[..., _ORDINARY:]
     values = (table.float() * scale.float().unsqueeze(-1)).to(dtype)
     width = values.shape[1] * BLOCK

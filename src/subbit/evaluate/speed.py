@@ -1,0 +1,161 @@
+"""How fast a model runs on the CPU: prompts, greedy decoding, single linears, plain reading."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subbit.packed.kernels import native
+
+__all__ = [
+    "Rate",
+    "decoding",
+    "greedy",
+    "linear_times",
+    "prompts",
+    "read_bandwidth",
+    "resident_bytes",
+    "token_bytes",
+]
+
+_FIRST = 16  # tokens of the prompt that decoding starts from
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens a second over some repetitions.
+
+    Attributes:
+        mean: mean of the repetitions.
+        sd: their standard deviation; 0 for a single one.
+        best: the fastest of them.
+    """
+
+    mean: float
+    sd: float
+    best: float
+
+    @classmethod
+    def of(cls, tokens: int, seconds: Sequence[float]) -> "Rate":
+        """From the time of each repetition of as many tokens."""
+        rates = [tokens / took for took in seconds]
+        mean = math.fsum(rates) / len(rates)
+        spread = sum((rate - mean) ** 2 for rate in rates) / max(1, len(rates) - 1)
+        return cls(mean, math.sqrt(spread), max(rates))
+
+
+@torch.inference_mode()
+def prompts(model: PreTrainedModel, count: int, repeats: int, seed: int = 0) -> Rate:
+    """Time the forward pass of a prompt of `count` random tokens, up to its last logits."""
+    tokens = _random_tokens(model, count, seed)
+    _logits(model, tokens[:, :2])  # first calls are slower
+    return Rate.of(count, [_timed(lambda: _logits(model, tokens)) for _ in range(repeats)])
+
+
+@torch.inference_mode()
+def decoding(model: PreTrainedModel, count: int, repeats: int, seed: int = 0) -> Rate:
+    """Time `count` tokens of greedy decoding, one at a time, after a prompt of 16 tokens."""
+    tokens = _random_tokens(model, _FIRST, seed)
+    seconds = []
+    for _ in range(repeats):
+        steps = _greedy_steps(model, tokens)
+        next(steps)  # the prompt
+        seconds.append(_timed(lambda steps=steps: [next(steps) for _ in range(count)]))
+    return Rate.of(count, seconds)
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, tokens: Tensor, count: int) -> list[int]:
+    """The `count` likeliest tokens after `tokens` `(1, length)`, the end token like any other."""
+    steps = _greedy_steps(model, tokens)
+    return [next(steps) for _ in range(count)]
+
+
+@torch.inference_mode()
+def linear_times(
+    model: nn.Module, names: Mapping[tuple[int, int], Sequence[str]], rounds: int = 10
+) -> dict[tuple[int, int], float]:
+    """Time the linears of each shape with one vector.
+
+    A round calls all linears of a shape once, one after the other: in a model larger than the
+    caches their weights come from memory. The best round counts: other load only ever adds.
+
+    Args:
+        model: holds the linears, packed or dense, in one dtype.
+        names: shape (outputs, inputs) -> dotted names.
+        rounds: of each shape.
+
+    Returns:
+        Shape -> milliseconds a linear.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    times = {}
+    for shape, group in names.items():
+        modules = [model.get_submodule(name) for name in group]
+        x = torch.randn(1, 1, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        seconds = [_timed(lambda: [m(x) for m in modules]) for _ in range(rounds)]  # noqa: B023
+        times[shape] = 1e3 * min(seconds) / len(modules)
+    return times
+
+
+def read_bandwidth(nbytes: int = 256 << 20, rounds: int = 8) -> float | None:
+    """Bytes a second of a loop that only reads memory, with torch's number of threads.
+
+    Returns:
+        The best of `rounds`, or None without compiled kernels.
+    """
+    data = torch.ones(nbytes // 8, dtype=torch.int64)
+    if not native.available():
+        return None
+    return nbytes / min(_timed(lambda: native.read(data)) for _ in range(rounds))
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    held = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in held.values())
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Bytes that decoding one token has to read: all weights but the input embedding's other rows.
+
+    Activations and the key-value cache are not counted.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is embedding
+    unread = 0 if tied else embedding[1:].numel() * embedding.element_size()
+    return resident_bytes(model) - unread
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _random_tokens(model: PreTrainedModel, count: int, seed: int) -> Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (1, count), generator=rng)
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor, cache: Any = None) -> Any:
+    """One forward pass; logits of the last position only, where the model can do that."""
+    last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    only = {"logits_to_keep": 1} if last else {}
+    return model(input_ids=tokens, past_key_values=cache, use_cache=True, **only)
+
+
+def _greedy_steps(model: PreTrainedModel, tokens: Tensor) -> Iterator[int]:
+    cache = None
+    while True:
+        output = _logits(model, tokens, cache)
+        cache = output.past_key_values
+        tokens = output.logits[:, -1:].argmax(-1)
+        yield tokens.item()
