@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"packed", "hub", "text", "model", "errors"},
 }
 ROOMS["calibration"] = {"linalg", "model", "recipe", "errors"}
+ROOMS["coarse"] = {"linalg", "methods", "model", "prune", "recipe", "errors"}
 ROOMS["refit"] = {"model", "packed", "codes", "recipe", "errors"}
 ROOMS["compression"] = set(ROOMS) - {"evaluate"}
 ROOMS["study"] = set(ROOMS)

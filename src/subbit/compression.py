@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import subbit
 from subbit.binarize import descent
 from subbit.calibration import Calibrator, Statistics
+from subbit.coarse import CoarseStage, Kept
 from subbit.errors import RecipeError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.save import save_packed
@@ -28,7 +29,6 @@ from subbit.methods import LinearStats, Method, Settings, make_method
 from subbit.model import (
     Blocks,
     LoadedModel,
-    block_similarities,
     check_coverage,
     check_finite,
     find_blocks,
@@ -44,7 +44,6 @@ from subbit.model import (
 from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear
 from subbit.packed.pack import read_layout
-from subbit.prune.allocate import allocate, mean_kept
 from subbit.recipe import Recipe, load_recipe
 from subbit.refit import loose_tensors, refit_block
 from subbit.run.commits import Workdir, check_output
@@ -279,17 +278,13 @@ class _Job:
         ]
         self.seconds: dict[str, float] = {}
         self.passes = 1
-
-    @property
-    def coarse(self) -> bool:
-        """Whether the coarse stage has to look at the blocks."""
-        return self.recipe.nm is not None and self.recipe.coarse.allocation == "layer_importance"
+        self.coarse = 0  # steps of the coarse stage
 
     @property
     def steps(self) -> int:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
-        others = count * len(self.tokens) * (1 + self.coarse)
+        others = count * len(self.tokens) + self.coarse
         return others + sum(map(self._steps_of_block, range(count)))
 
     def _steps_of_block(self, i: int) -> int:
@@ -321,8 +316,7 @@ class _Job:
                 self._restore(i)
                 bar.skip(self._steps_of_block(i))
             else:
-                nm = None if kept is None else (kept[i], self.recipe.nm[1])
-                self._compress_block(i, calibrator, nm, bar, log)
+                self._compress_block(i, calibrator, None if kept is None else kept[i], bar, log)
             if i + 1 < count:  # nobody looks at what the last block puts out
                 with self._stage("propagate"), _dense_cache(block):
                     calibrator.propagate(i, bar.advance)
@@ -331,39 +325,32 @@ class _Job:
         self._finish(kept, time.monotonic() - started)
         return self.result
 
-    def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> list[int] | None:
-        """How many of every M weights each block keeps; None where no weight is pruned."""
+    def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> Kept | None:
+        """How many of every M weights each linear keeps; None where no weight is pruned."""
         if self.recipe.nm is None:
             return None
-        sizes = [sum(weight_of(m).numel() for m in linears.values()) for linears in self.linears]
-        spec = self.recipe.coarse
-        similarities: list[float] = []
-        if self.coarse:
-            bar.phase("coarse stage: importance of the blocks")
-            windows = len(self.tokens) * len(sizes)
-            known = self.workdir.fetch("similarities") if self.workdir is not None else None
-            if known is None:
-                with self._stage("coarse"):
-                    known = block_similarities(
-                        self.blocks, calls, hidden, device=self.device, advance=bar.advance
-                    )
-                if self.workdir is not None:
-                    self.workdir.store("similarities", known)
-            else:
-                bar.skip(windows)
-            similarities = known
-        kept = allocate(
-            similarities,
-            sizes,
-            self.recipe.nm,
-            allocation=spec.allocation,
-            n_high=spec.n_high,
-            n_low=spec.n_low,
-            norms=[_norm(linears) for linears in self.linears],
+        stage = CoarseStage(
+            self.recipe, self.blocks, calls, hidden, self.linears, self.method, self.device
         )
-        self.result.report["mean_kept"] = mean_kept(kept, sizes)
-        self.result.report["block_similarities"] = similarities
+        self.coarse = stage.steps
+        bar.resize(self.steps)
+        facts = self._importance(stage, bar) if stage.steps else {}
+        kept, mean = stage.kept(facts)
+        self.result.report |= {"mean_kept": mean, **facts}
         return kept
+
+    def _importance(self, stage: CoarseStage, bar: Progress) -> dict[str, Any]:
+        """What the coarse stage measures, unless an interrupted run has done so."""
+        bar.phase("coarse stage: what each part of the model matters")
+        facts = self.workdir.fetch("coarse") if self.workdir is not None else None
+        if facts is not None:
+            bar.skip(stage.steps)
+            return facts
+        with self._stage("coarse"):
+            facts = stage.look(bar.advance)
+        if self.workdir is not None:
+            self.workdir.store("coarse", facts)
+        return facts
 
     def _open_log(self) -> LinearLog | None:
         """The log of this run, starting with the lines of the blocks that are committed already."""
@@ -378,7 +365,7 @@ class _Job:
         self,
         i: int,
         calibrator: Calibrator,
-        nm: tuple[int, int] | None,
+        kept: dict[str, int] | None,
         bar: Progress,
         log: LinearLog | None,
     ) -> None:
@@ -396,6 +383,7 @@ class _Job:
                     begun = time.monotonic()
                     W = weight_of(linears[name]).to(self.device, torch.float32)
                     W = calibrator.target(W, stats[name])
+                    nm = None if kept is None else (kept[name], self.recipe.nm[1])
                     packed, record = self._compress_linear(full, linears[name], W, stats[name], nm)
                     seconds = time.monotonic() - begun
                 replace_module(block, name, packed)
@@ -486,7 +474,7 @@ class _Job:
             self.result.records[line["name"]] = facts
         self.result.log += meta["log"]
 
-    def _finish(self, kept: list[int] | None, seconds: float) -> None:
+    def _finish(self, kept: Kept | None, seconds: float) -> None:
         records = self.result.records.values()
         weights = [record["shape"][0] * record["shape"][1] for record in records]
 
@@ -513,12 +501,6 @@ class _Job:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
-
-
-def _norm(linears: dict[str, nn.Module]) -> float:
-    """L2 norm of the weights of some linears."""
-    squares = (weight_of(m).float().square().sum(dtype=torch.float64) for m in linears.values())
-    return float(sum(squares)) ** 0.5
 
 
 _REFIT_STEPS = 3  # a step of refitting takes about three times as long as running a window

@@ -158,12 +158,15 @@ class CoarseSpec(_Spec):
 
     Attributes:
         allocation: by layer importance (PBS2P), by the norm of the weights (STBLLM's relative
-            importance), half a sine wave falling over the depth, or the same N everywhere.
-        n_high: the most important (sin: the first) block keeps N + n_high (at most M).
-        n_low: the least important (sin: the last) block keeps N - n_low (at least 1).
+            importance), half a sine wave falling over the depth, or the same N everywhere; or, not
+            by block but by linear, "measured": by what compressing it alone does to the model.
+        n_high: the most important (sin: the first) block keeps N + n_high (at most M); measured: no
+            linear keeps more.
+        n_low: the least important (sin: the last) block keeps N - n_low (at least 1); measured: no
+            linear keeps fewer.
     """
 
-    allocation: Literal["layer_importance", "relative_importance", "sin", "uniform"] = (
+    allocation: Literal["layer_importance", "relative_importance", "sin", "uniform", "measured"] = (
         "layer_importance"
     )
     n_high: int = Field(1, ge=0)

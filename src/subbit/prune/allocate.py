@@ -5,7 +5,7 @@ from math import cos, floor, pi
 
 from subbit.errors import RecipeError, nearest
 
-__all__ = ["ALLOCATIONS", "allocate", "mean_kept"]
+__all__ = ["ALLOCATIONS", "allocate", "allocate_measured", "mean_kept"]
 
 ALLOCATIONS = ("layer_importance", "relative_importance", "sin", "uniform")
 
@@ -54,6 +54,54 @@ def allocate(
     total = sum(norms) or 1.0
     ratios = [norm / total + (1 - norm / total) * n / m for norm in norms]
     return _apportion([m * ratio for ratio in ratios], sizes, nm)
+
+
+def allocate_measured(
+    damages: Sequence[float],
+    losses: Sequence[float],
+    sizes: Sequence[int],
+    nm: tuple[int, int],
+    *,
+    n_high: int,
+    n_low: int,
+) -> list[int]:
+    """Give every linear its N so that the sum of their damages is least within the budget.
+
+    A linear that keeps n of M is taken to do `damage * losses[n - 1] / losses[N - 1]`. Every linear
+    starts with the fewest; then the step that saves most damage for each weight it costs is taken
+    as long as the mean stays at most N: the answer of a small knapsack, but for its last item.
+
+    Args:
+        damages: what compressing each linear at N:M alone does to the model.
+        losses: loss of a linear that keeps 1, 2, ... M of M; made convex and falling where it is
+            not.
+        sizes: weights of each linear.
+        nm: the target `(N, M)`.
+        n_high, n_low: how far N may go up and down.
+    """
+    n, m = nm
+    high, low = min(n + n_high, m), max(n - n_low, 1)
+    curve = _convex([losses[k - 1] for k in range(low, high + 1)])
+    base = losses[n - 1] or 1.0
+    steps = sorted(  # most saved for each weight first; of one linear in the order of k
+        (-damage * (curve[k] - curve[k + 1]) / base / size, k, i)
+        for i, (damage, size) in enumerate(zip(damages, sizes, strict=True))
+        for k in range(high - low)
+    )
+    kept, left = [low] * len(sizes), (n - low) * sum(sizes)
+    for _, k, i in steps:
+        if kept[i] == low + k and sizes[i] <= left:
+            kept[i], left = kept[i] + 1, left - sizes[i]
+    return kept
+
+
+def _convex(values: Sequence[float]) -> list[float]:
+    """The greatest convex falling curve below some values."""
+    curve = [min(values[: i + 1]) for i in range(len(values))]
+    for _ in curve:
+        for i in range(1, len(curve) - 1):
+            curve[i] = min(curve[i], (curve[i - 1] + curve[i + 1]) / 2)
+    return curve
 
 
 def mean_kept(kept: Sequence[float], sizes: Sequence[int]) -> float:
