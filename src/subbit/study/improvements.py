@@ -50,6 +50,30 @@ def _ablation() -> list[Cell]:
     return [*cells, Cell("refit", "pbs2p-plus-refit-6-8")]
 
 
+_CHOICES = {
+    "recipe": [],
+    "strength-0": ["asymmetry.strength=0"],
+    "strength-0.2": ["asymmetry.strength=0.2"],
+    "strength-0.5": ["asymmetry.strength=0.5"],
+    "strength-0.8": ["asymmetry.strength=0.8"],
+    "all-linears": ["asymmetry.linears=all"],
+    "no-residual": ["asymmetry.residual=false"],
+    "relative-tokens": ["calibration.tokens=relative"],
+    "first-token-1": ["calibration.first_token=1"],
+    "first-token-100": ["calibration.first_token=100"],
+    "not-sequential": ["calibration.sequential=false"],
+    "6-levels": ["free_levels=6"],
+    "8-levels": ["free_levels=8"],
+    "fp16-levels": ["levels=fp16"],
+    "no-passes": ["passes=0"],
+    "measured": ["coarse.allocation=measured", "coarse.n_high=4", "coarse.n_low=2"],
+    "layer-importance": ["coarse.allocation=layer_importance"],
+    "towards-block": ["refit.steps=64", "refit.rate=0.01", "refit.towards=block"],
+    "towards-original": ["refit.steps=64", "refit.rate=0.01"],
+    "32-samples": ["calibration.nsamples=32"],
+    "64-samples": ["calibration.nsamples=64"],
+}
+
 _BITS = (
     "gptq-2", "gptq-3", "gptq-4", "pbs2p-4-8", "pbs2p-5-8", "pbs2p-6-8",
     "pbs2p-plus-binary", "pbs2p-plus-binary-5-8", "pbs2p-plus-ternary", "pbs2p-plus-4-levels",
@@ -62,6 +86,16 @@ IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {
         "From PBS2P to pbs2p-plus at 6:8, one ingredient a row, 8 x 2048 calibration tokens",
         _LIGHT,
         _ablation(),
+    ),
+    "choices": (
+        "What the choices of pbs2p-plus-6-8 are worth, one change a row, 8 x 2048 calibration "
+        "tokens",
+        _LIGHT,
+        [
+            *(Cell(name, _PLUS, changes) for name, changes in _CHOICES.items()),
+            Cell("4-8-uniform", "pbs2p-plus-4-8"),
+            Cell("4-8-measured", "pbs2p-plus-4-8", _CHOICES["measured"]),
+        ],
     ),
     "pareto": (
         "Perplexity against stored bits, 32 x 2048 calibration tokens",
