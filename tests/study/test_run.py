@@ -5,6 +5,7 @@ import json
 import pytest
 
 from subbit.errors import StudyError
+from subbit.recipe import load_recipe
 from subbit.study import cells as cells_module
 from subbit.study import run as run_module
 from subbit.study.ablations import ABLATIONS
@@ -78,6 +79,17 @@ def test_what_differs_is_another_cell(tmp_path, model, what):
     said = []
     run_study("two", study_of(Cell("good", "rtn-2")), model, tmp_path, [], said.append)
     assert said[0] == "good: rtn-2 " and (tmp_path / "two" / "good.json").exists()
+
+
+def test_a_cell_whose_recipe_has_changed_is_measured_again(tmp_path, model, monkeypatch):
+    said = []
+    run_study("s", study_of(GOOD), model, tmp_path, [], said.append)
+    run_study("s", study_of(GOOD), model, tmp_path, [], said.append)
+    assert said[-1] == "good: already measured"
+    changed = load_recipe("rtn-2").override(["blocksize=64"])
+    monkeypatch.setattr("subbit.study.cells.load_recipe", lambda name: changed)
+    run_study("s", study_of(GOOD), model, tmp_path, [], said.append)
+    assert said[-1] != "good: already measured"
 
 
 def test_a_failing_cell_does_not_lose_the_others(tmp_path, model, monkeypatch):

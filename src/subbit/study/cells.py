@@ -1,5 +1,6 @@
 """A cell of a study: one model, one recipe, compressed, written, loaded again and measured."""
 
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from subbit.evaluate.perplexity import perplexity
 from subbit.hub.inspect import inspect_folder, read_config
 from subbit.hub.load import load, load_tokenizer
 from subbit.model.load import load_model
-from subbit.recipe import load_recipe
+from subbit.recipe import Recipe, load_recipe
 from subbit.text import load_text, make_windows
 
 __all__ = ["Cell", "Protocol", "run_cell"]
@@ -68,7 +69,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the cell's record, from `folder` or a folder beside it where it is there already.
 
-    A cell is the same under any name in any study: same model name, recipe, changes and protocol.
+    A cell is the same under any name in any study: same model name, recipe, changes and protocol,
+    and the recipe has not been changed since.
     The packed model is written to disk, inspected, loaded from there, measured, and removed; an
     interrupted compression resumes.
 
@@ -80,7 +82,13 @@ def run_cell(
             compared: a cell that was measured in another dtype is not measured again.
     """
     record_path = folder / f"{cell.name}.json"
-    settings = {"model": Path(model).name, "cell": asdict(cell), "protocol": asdict(protocol)}
+    recipe = _recipe(cell, protocol)
+    settings = {
+        "model": Path(model).name,
+        "cell": asdict(cell),
+        "protocol": asdict(protocol),
+        "recipe_sha256": _digest(recipe),
+    }
     known = _measured(settings, folder)
     if known is not None:
         path, record = known
@@ -89,16 +97,16 @@ def run_cell(
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{cell.name}: {cell.recipe or 'original'} {' '.join(cell.overrides)}")
     record = settings | {"environment": _environment()}
-    if cell.recipe is None:
+    if recipe is None:
         loaded = load_model(model, dtype=dtype)
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
         packed = folder / f"{cell.name}.model"
-        _compress(cell, model, protocol, packed, dtype)
+        _compress(recipe, model, packed, dtype)
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
-        network, tokenizer = load(packed, dtype=dtype, keep_dense=True), load_tokenizer(packed)
+        network, tokenizer = _load(packed, dtype), load_tokenizer(packed)
     record["vocabulary"] = network.config.vocab_size
     record["dtype"] = str(network.dtype).removeprefix("torch.")
     for name in ("wikitext2", "c4"):
@@ -113,19 +121,38 @@ def run_cell(
     return record
 
 
-def _compress(cell: Cell, model: str, protocol: Protocol, packed: Path, dtype: str) -> None:
-    """Make the packed folder, unless one of this very recipe was left there by a cut-off cell."""
+def _recipe(cell: Cell, protocol: Protocol) -> Recipe | None:
+    """The whole recipe of a cell; None for the original model."""
+    if cell.recipe is None:
+        return None
     calibration = [
         f"calibration.source={protocol.calibration}",
         f"calibration.nsamples={protocol.nsamples}",
         f"calibration.seqlen={protocol.seqlen}",
     ]
-    recipe = load_recipe(cell.recipe).override([*calibration, *cell.overrides])
+    return load_recipe(cell.recipe).override([*calibration, *cell.overrides])
+
+
+def _digest(recipe: Recipe | None) -> str | None:
+    """Of what a recipe says beside the defaults, so that a new setting makes no record old."""
+    if recipe is None:
+        return None
+    said = recipe.model_dump(mode="json", exclude_defaults=True)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _compress(recipe: Recipe, model: str, packed: Path, dtype: str) -> None:
+    """Make the packed folder, unless one of this very recipe was left there by a cut-off cell."""
     if packed.exists():
         if read_config(packed).recipe == recipe.model_dump(mode="json"):
             return
         shutil.rmtree(packed)
     compress(model, recipe, out=packed, dtype=dtype)
+
+
+def _load(packed: Path, dtype: str) -> torch.nn.Module:
+    """The packed model as any machine computes it: decoded, no kernel of this one."""
+    return load(packed, dtype=dtype, keep_dense=True, backend="reference")
 
 
 def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -136,7 +163,8 @@ def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, A
     for path in [own, *sorted(set(folder.glob("*.json")) - {own}), *others]:
         try:
             record = json.loads(path.read_text())
-            if _identity(record) == wanted:
+            digest = record.get("recipe_sha256", settings["recipe_sha256"])  # old ones have none
+            if _identity(record) == wanted and digest == settings["recipe_sha256"]:
                 return path, record
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not there, or no record of a cell
