@@ -42,7 +42,7 @@ from subbit.model import (
     weight_of,
 )
 from subbit.packed.layout import FORMAT_VERSION
-from subbit.packed.linear import PackedLinear
+from subbit.packed.linear import PackedLinear, dense_cache
 from subbit.packed.pack import read_layout
 from subbit.recipe import Recipe, load_recipe
 from subbit.refit import loose_tensors, refit_block
@@ -318,7 +318,7 @@ class _Job:
             else:
                 self._compress_block(i, calibrator, None if kept is None else kept[i], bar, log)
             if i + 1 < count:  # nobody looks at what the last block puts out
-                with self._stage("propagate"), _dense_cache(block):
+                with self._stage("propagate"), dense_cache(block):
                     calibrator.propagate(i, bar.advance)
         if log is not None:
             log.close()
@@ -523,16 +523,3 @@ def _commit_of(
         tensors |= {f"{_LOOSE}{name}": vector.detach() for name, vector in vectors.items()}
     layouts = {name: module.layout.to_dict() for name, module in packed.items()}
     return tensors, {"layouts": layouts, "log": lines}
-
-
-@contextmanager
-def _dense_cache(block: nn.Module) -> Iterator[None]:
-    """Let the packed linears of a block decode once for all windows."""
-    packed = [module for module in block.modules() if isinstance(module, PackedLinear)]
-    for module in packed:
-        module.keep_dense = True
-    try:
-        yield
-    finally:
-        for module in packed:
-            module.drop_dense()

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable, on_int8_grid
+from subbit.errors import FormatError
 from subbit.model import BlockCall, replace_module
 from subbit.model.capture import placed
-from subbit.packed.linear import PackedLinear
+from subbit.packed.linear import PackedLinear, dense_cache
 from subbit.recipe import RefitSpec
 
 __all__ = ["Refit", "loose_tensors", "refit_block"]
 
 Advance = Callable[[int], None] | None
+
+_JUDGED = 8  # windows by which the outcome is judged
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Refit:
     """What tuning a block did.
 
     Attributes:
-        before, after: error of the block over all windows, relative to the size of every token's
-            hidden states; the tuned values are taken where they lower it.
+        before, after: error of the block over the first windows, relative to the size of every
+            token's hidden states; the tuned values are taken where they lower it.
         steps: steps of Adam.
     """
 
@@ -89,6 +92,8 @@ def refit_block(
         try:
             masters = job.descend(tuned, loose, spec, advance)
             fitted = {name: module.repacked() for name, module in tuned.items()}
+        except FormatError:  # levels that have run away
+            fitted, masters = {}, old
         finally:
             _put(block, packed)
         _put(block, fitted)
@@ -109,8 +114,10 @@ class _Job:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Mean relative error over all windows."""
-        return sum(float(self._distance(n, {})) for n in range(len(self.hidden))) / len(self.hidden)
+        """Mean relative error over the first windows."""
+        count = min(len(self.hidden), _JUDGED)
+        with dense_cache(self.block):
+            return sum(float(self._distance(n, {})) for n in range(count)) / count
 
     def descend(
         self,
@@ -138,8 +145,7 @@ class _Job:
 
     def _distance(self, n: int, masters: dict[str, Tensor]) -> Tensor:
         """Error of window n: mean over tokens of |out - target|^2 / |target|^2."""
-        dtype = self.hidden.dtype
-        vectors = {name: master.to(dtype) for name, master in masters.items()}
+        vectors = {k: master.to(self.block.get_parameter(k).dtype) for k, master in masters.items()}
 
         def block(*args: object, **kwargs: object) -> object:
             return torch.func.functional_call(self.block, vectors, args, kwargs)

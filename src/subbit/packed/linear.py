@@ -1,6 +1,7 @@
 """A linear layer that holds its packed bytes as parameters and decodes them to multiply."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from subbit.packed.kernels.layout import collapse, expand, fits
 from subbit.packed.pack import AnyLayout, decode_dense, pack, unpack
 from subbit.packed.report import BitReport, bit_report
 
-__all__ = ["BACKENDS", "PackedLinear"]
+__all__ = ["BACKENDS", "PackedLinear", "dense_cache"]
 
 BACKENDS = ("reference", "cpu")
 
@@ -220,3 +221,16 @@ class PackedLinear(nn.Module):
             f"stored_bits={self.layout.bits_per_weight:.3f}, bias={self.bias is not None}, "
             f"backend={self.backend}"
         )
+
+
+@contextmanager
+def dense_cache(module: nn.Module) -> Iterator[None]:
+    """Let the packed linears within a module decode once for all that is run in between."""
+    packed = [part for part in module.modules() if isinstance(part, PackedLinear)]
+    for part in packed:
+        part.keep_dense = True
+    try:
+        yield
+    finally:
+        for part in packed:
+            part.drop_dense()
