@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from packed_models import int8_model, logits, packed_model, packed_names, random_linear, save
+from packed_models import int8_model, logits, packed_names, random_linear, save
 from typer.testing import CliRunner
 
 from subbit.cli import app

@@ -14,7 +14,7 @@ from subbit.packed.kernels.layout import collapse, expand, fits
 from subbit.packed.pack import AnyLayout, decode_dense, pack, unpack
 from subbit.packed.report import BitReport, bit_report
 
-__all__ = ["BACKENDS", "PackedLinear"]
+__all__ = ["BACKENDS", "PackedLinear", "packed_modules"]
 
 BACKENDS = ("reference", "cpu")
 
@@ -218,3 +218,8 @@ class PackedLinear(nn.Module):
             f"stored_bits={self.layout.bits_per_weight:.3f}, bias={self.bias is not None}, "
             f"backend={self.backend}"
         )
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return dotted name -> packed linear, in the model's own order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
