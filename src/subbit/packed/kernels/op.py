@@ -79,6 +79,19 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, plan
     return y.view(*x.shape[:-1], rows)
 
 
+def _multiply_on_gpu(
+    x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
+) -> Tensor:
+    """Triton's kernels, which round no activations; without Triton panels, as on the CPU."""
+    try:
+        from subbit.packed.kernels import triton_b3
+    except ImportError:
+        return multiply(x, tiles, flags, rows, cols, planes)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = triton_b3.multiply(flat, tiles, flags, rows, cols)
+    return y.view(*x.shape[:-1], rows)
+
+
 def _shape_only(
     x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
 ) -> Tensor:
@@ -100,6 +113,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 _OPERATORS.impl("b3_linear", multiply, "CPU")
+_OPERATORS.impl("b3_linear", _multiply_on_gpu, "CUDA")
 torch.library.register_fake("subbit::b3_linear", _shape_only, lib=_OPERATORS)
 torch.library.register_autograd("subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS)
 
