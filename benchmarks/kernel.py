@@ -20,7 +20,7 @@ import torch
 
 from subbit.packed.kernels import kernel_name, native
 from subbit.packed.kernels.layout import sizes
-from subbit.packed.kernels.op import multiply
+from subbit.packed.kernels.op import b3_linear
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def _contenders(
         return pools[pool][turns[pool]]
 
     def ours(x: torch.Tensor, planes: int) -> Callable[[], object]:
-        return lambda: multiply(x, take("tiles"), pools["flags"], rows, cols, planes)
+        return lambda: b3_linear(x, take("tiles"), pools["flags"], rows, cols, planes)
 
     def dense(x: torch.Tensor, pool: str) -> Callable[[], object]:
         return lambda: torch.nn.functional.linear(x, take(pool))

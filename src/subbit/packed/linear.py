@@ -152,10 +152,7 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.backend == "cpu":
             size = self.out_features, self.in_features
-            plain = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
-            direct = plain and not (torch.is_grad_enabled() and x.requires_grad)
-            product = op.multiply if direct else op.b3_linear
-            y = product(x, self.tiles, self.flags, *size, self.planes)
+            y = op.b3_linear(x, self.tiles, self.flags, *size, self.planes)
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 
