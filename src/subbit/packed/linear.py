@@ -156,6 +156,11 @@ class PackedLinear(nn.Module):
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 
+    @property
+    def kept(self) -> Tensor | None:
+        """The dense weight that is kept (`keep_dense`), None where there is none yet."""
+        return self._dense
+
     def drop_dense(self) -> None:
         """Keep no dense weight from now on and free the one that was kept."""
         self.keep_dense, self._dense = False, None
