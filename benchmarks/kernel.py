@@ -6,7 +6,8 @@
 Every call multiplies with another matrix of a pool that is larger than any cache, so that weights
 come from memory. Contenders take turns in random order, round after round, and each one's best
 time counts: other load on the machine only ever adds. "ceiling" is a loop that only reads as many
-bytes as the kernel does; "of ceiling" is its time over the kernel's.
+bytes as the kernel does; "of ceiling" is its time over the kernel's. The kernel is called as a
+`PackedLinear` calls it.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     print(f"kernel {kernel_name()}, torch {torch.__version__}, pools of {args.pool_mb} MB")
     for shape in args.shape:
         rows, cols = (int(side) for side in shape.split("x"))
-        pools = _pools(rows, cols, args.pool_mb << 20)
+        pools = _pools(rows, cols, args.pool_mb << 20, args.salient)
         for threads in args.threads:
             torch.set_num_threads(threads)
             for batch in args.batch:
@@ -43,12 +44,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 512])
     parser.add_argument("--pool-mb", type=int, default=768, help="bytes of each pool of matrices")
     parser.add_argument("--rounds", type=int, default=30, help="turns of each contender")
+    parser.add_argument("--salient", type=float, default=0.1, help="share of salient columns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     return parser.parse_args()
 
 
-def _pools(rows: int, cols: int, nbytes: int) -> dict[str, torch.Tensor]:
+def _pools(rows: int, cols: int, nbytes: int, salient: float) -> dict[str, torch.Tensor]:
     """Matrices in each form, one after the other; all of a form hold the same weights."""
     rng = torch.Generator().manual_seed(0)
     dense = torch.randn(rows, cols, generator=rng)
@@ -61,7 +63,7 @@ def _pools(rows: int, cols: int, nbytes: int) -> dict[str, torch.Tensor]:
     for name, form in forms.items():
         count = max(2, nbytes // (form.numel() * form.element_size()))
         pools[name] = form.unsqueeze(0).repeat(count, *[1] * form.dim())
-    pools["flags"] = 8 * (torch.rand(sizes(rows, cols)[1], generator=rng) < 0.1).byte()
+    pools["flags"] = 8 * (torch.rand(sizes(rows, cols)[1], generator=rng) < salient).byte()
     return pools
 
 

@@ -38,6 +38,7 @@ ROOMS |= {room: set(ROOMS) | EVERYTHING for room in EVERYTHING}
 
 TRANSFORMERS = {"model", "text", "hub", "evaluate", "quiet"}
 TORCH_ONLY = {"linalg", "packed"}
+TRITON = ("triton", "triton_b3.py")  # the one file that may, and that is imported only for a GPU
 NOT_TO_LOAD = ("methods", "text", "model", "study")
 
 
@@ -102,7 +103,7 @@ def test_only_allowed_arrows(path: Path):
             assert room in TRANSFORMERS, where
             continue
         if room in TORCH_ONLY and parts[0] not in sys.stdlib_module_names | {"subbit"}:
-            assert parts[0] == "torch", where
+            assert parts[0] == "torch" or (parts[0], path.name) == TRITON, where
         if room in EVERYTHING:
             heavy = parts[0] in {"torch", "datasets", "numpy", "gguf"}
             assert inside or not heavy, f"{where} at the top of the file"

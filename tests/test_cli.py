@@ -85,7 +85,8 @@ def test_help_does_not_import_torch():
 def test_help_names_every_command():
     said = run("--help")
     assert said.code == 0
-    for command in ("compress", "eval", "bench", "generate", "inspect", "recipes", "methods"):
+    commands = "compress eval generate chat inspect bench export recipes methods study"
+    for command in commands.split():
         assert command in said.out
         assert run(command, "--help").code == 0
     assert "--install-completion" in said.out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from packed_models import int8_model, packed_names, save
+from packed_models import int8_model, packed_model, packed_names, save
 from typer.testing import CliRunner
 
 from subbit.cli import app
@@ -58,6 +58,14 @@ def test_bytes_and_parameters_are_counted(found, folder):
 def test_the_same_greedy_tokens_on_twenty_prompts(found):
     assert len(set(PROMPTS)) == 20
     assert found["tokens"] == {"prompts": 20, "same": 20, "new_tokens": 24, "gap": 0.0}
+
+
+def test_what_no_kernel_takes_is_measured_with_its_dense_weights(tmp_path):
+    folder = save(packed_model("llama"), tmp_path / "float16-levels")
+    packed, _, dense, _ = bench(folder, threads=1, **SHORT)["models"]
+    assert packed["backend"] == "torch, dense weights kept"
+    assert packed["bytes"] > dense["bytes"]  # the codes are there too
+    assert packed["token_bytes"] == dense["token_bytes"]
 
 
 def test_other_tokens_are_noticed(folder):

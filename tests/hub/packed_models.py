@@ -84,8 +84,9 @@ def int8_model(family: str) -> torch.nn.Module:
             for table in (linear.levels, linear.salient_levels)
         ]
         levels, salient_levels = on_int8_grid(*tables)
+        size = max(256, -(-module.in_features // 128) * 128)
         linear = replace(
-            linear, group_size=256, levels=levels, salient_levels=salient_levels, record={}
+            linear, group_size=size, levels=levels, salient_levels=salient_levels, record={}
         )
         dtype = torch.float32
         model.set_submodule(name, PackedLinear.from_compressed(linear, module.bias, dtype))

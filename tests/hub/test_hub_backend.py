@@ -1,12 +1,16 @@
 """A whole model on the CPU kernel: chosen at load, the same tokens, saved as it was."""
 
+import random
+import shutil
+
 import pytest
 import torch
 from packed_models import int8_model, logits, packed_names, save, tokens
 
-from subbit.errors import RecipeError
+from subbit.errors import RecipeError, SubbitError
 from subbit.hub.backend import kernel_in_words, set_backend
 from subbit.hub.load import load
+from subbit.hub.manifest import MANIFEST
 from subbit.packed.kernels import kernel_name
 
 
@@ -93,3 +97,26 @@ def test_set_backend_on_a_loaded_model(folder):
     assert set_backend(model, "cpu") == {"reference": 0, "cpu": count}
     assert set_backend(model, "reference") == {"reference": count, "cpu": 0}
     assert torch.equal(logits(model), logits(int8_model("llama")))
+
+
+@pytest.mark.filterwarnings("ignore:.*has no subbit.json")
+def test_flipped_bits_without_checksums_never_crash(folder, tmp_path):
+    """Every outcome but a crash is fine: refused by name, or other weights that are as valid."""
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(folder, spoiled)
+    (spoiled / MANIFEST).unlink()
+    path = spoiled / "model.safetensors"
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(25):
+        raw = bytearray(whole)
+        for _ in range(rng.choice([1, 3, 200])):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        path.write_bytes(raw if rng.random() < 0.8 else raw[: rng.randrange(len(raw))])
+        try:
+            model = load(spoiled, backend="cpu")
+            assert logits(model).shape == (2, 12, 320)
+        except SubbitError:
+            refused += 1
+    assert refused >= 5

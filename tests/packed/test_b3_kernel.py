@@ -95,6 +95,21 @@ def test_dense_panels_are_the_reference_bit_for_bit(isa):
     assert torch.equal(decode(tiles, flags, 20, 600, 16, 20, dtype), linear.dequantize()[16:])
 
 
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(linear=b3_linears(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_fuzzed_panels(isa, linear, dtype):
+    rows, cols = linear.shape
+    tiles, flags = resident(linear)
+    wanted = linear.dequantize().to(dtype)
+    for start in range(0, rows, 16):
+        room = torch.full((rows - start + 1, cols), 7.0, dtype=dtype)  # the last row is a guard
+        part = decode(tiles, flags, rows, cols, start, rows, dtype, room[:-1])
+        assert torch.equal(part, wanted[start:])
+        assert (room[-1] == 7).all()
+
+
 def test_extreme_weights_and_activations(isa):
     """Levels of -128 and activations of one sign: the largest sums that integers must hold."""
     linear = make_int8(16, 128, nm=None, salient=None)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from int8_examples import b3_linears, make_int8
 from packed_examples import make_linear
 
 from subbit.codes import SparseLinear
 from subbit.errors import FormatError
-from subbit.packed import pack
+from subbit.packed import pack, unpack
 from subbit.packed.kernels import fits
 from subbit.packed.kernels.layout import collapse, dense_rows, expand, sizes
 
@@ -152,4 +153,50 @@ def test_damaged_codes_are_refused():
     layout, tensors = pack(make_int8(8, 128, nm=(6, 8)))
     tensors["mask"] = tensors["mask"] | 255
     with pytest.raises(FormatError, match="mask"):
+        expand(layout, tensors)
+
+
+@settings(max_examples=60, deadline=None)
+@given(linear=b3_linears(), data=st.data())
+def test_hostile_bytes_are_refused_or_mean_what_the_reference_says(linear, data):
+    """Any bytes in any field: the resident layout never means other weights than `unpack`."""
+    layout, tensors = pack(linear)
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    raw = tensors[name].clone().view(torch.uint8).flatten()
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, raw.numel() - 1))
+        raw[place] = data.draw(st.integers(0, 255))
+    tensors[name] = raw.view(tensors[name].dtype).view(tensors[name].shape)
+    try:
+        wanted = unpack(layout, tensors).dequantize()
+    except FormatError:
+        with pytest.raises(FormatError):
+            expand(layout, tensors)
+        return
+    tiles, flags = expand(layout, tensors)
+    assert (tiles.numel(), flags.numel()) == sizes(layout.rows, layout.cols)
+    assert set(flags.tolist()) <= {0, 8}
+    assert torch.equal(dense_rows(tiles, flags, layout.cols, 0, layout.rows, torch.float32), wanted)
+
+
+@pytest.mark.parametrize("name", ["levels", "salient_levels", "scale", "salient", "mask"])
+def test_fields_of_other_shapes_or_types_are_refused(name):
+    layout, tensors = pack(make_int8(20, 200))
+    for spoiled in (
+        tensors[name][..., :-1],
+        torch.cat((tensors[name], tensors[name])),
+        tensors[name].double(),
+    ):
+        with pytest.raises(FormatError, match=name):
+            expand(layout, {**tensors, name: spoiled})
+    if name != "levels":
+        with pytest.raises(FormatError, match=name):
+            expand(layout, {key: t for key, t in tensors.items() if key != name})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_are_refused(value):
+    layout, tensors = pack(make_int8(20, 200))
+    tensors["scale"][3, 1] = value
+    with pytest.raises(FormatError, match="scale"):
         expand(layout, tensors)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from int8_examples import make_int8
 from packed_examples import make_linear
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from subbit.errors import FormatError, RecipeError
 from subbit.packed import PackedLinear
@@ -116,6 +117,13 @@ def test_torch_compile(batch):
     made = module()
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x(batch)), made(x(batch)))
+
+
+def test_a_tracer_sees_the_operator():
+    """And not what it returned once, as a constant."""
+    traced = make_fx(module())(x(1))
+    assert "subbit.b3_linear" in traced.code
+    assert torch.equal(traced(3 * x(1)), module()(3 * x(1)))
 
 
 def test_without_kernels_the_layout_still_works(monkeypatch):

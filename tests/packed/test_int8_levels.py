@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from int8_examples import make_int8
 from packed_examples import NM, TABLES
 
-from subbit.codes import LevelTable, on_int8_grid
+from subbit.codes import CompressedLinear, LevelTable, on_int8_grid
 from subbit.errors import FormatError
-from subbit.packed import Layout, bit_report, pack, unpack
+from subbit.packed import FORMAT_VERSION, Layout, bit_report, pack, unpack
 
 
 def test_rounding_is_to_the_nearest_step_of_the_largest_level():
@@ -119,3 +119,29 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
     linear.salient_levels.scale[3, 0] = bad
     with pytest.raises((FormatError, ValueError), match="scale"):
         pack(linear)
+
+
+def test_golden_bytes_of_int8_levels():
+    """Worked out by hand. These bytes may change only together with FORMAT_VERSION."""
+    assert FORMAT_VERSION == 1
+    scale = torch.tensor([[0.5], [-2.0]]).bfloat16()
+    linear = CompressedLinear(
+        codes=torch.tensor([[1, 0, 2, 3], [0, 6, 1, 2]], dtype=torch.uint8),
+        levels=LevelTable("free", 6, torch.tensor([[[1, -1, 2, -2, 127, -127]]] * 2).char(), scale),
+        group_size=128,
+        nm=(3, 4),
+        salient=torch.tensor([0, 0, 0, 1], dtype=torch.bool),
+        salient_levels=LevelTable("free", 4, torch.tensor([[[5, 6, 7, 8]]] * 2).char(), scale),
+    )
+    _, tensors = pack(linear)
+    found = {name: bytes(t.view(torch.uint8).flatten().tolist()) for name, t in tensors.items()}
+    assert found == {
+        # the 3:4 patterns, column 0 lowest, 0111 1011 1101 1110 are numbers 0..3: 1101, 1110
+        "mask": bytes([2, 3]),
+        # level indices of kept weights in base 6, three a byte: 0 1 2; 5 0 1
+        "digit0": bytes([0 + 6 * 1 + 36 * 2, 5 + 6 * 0 + 36 * 1]),
+        "levels": bytes([1, 255, 2, 254, 127, 129] * 2),
+        "scale": bytes([0x00, 0x3F, 0x00, 0xC0]),
+        "salient": bytes([0b1000]),
+        "salient_levels": bytes([5, 6, 7, 8] * 2),
+    }

@@ -16,6 +16,7 @@ from subbit.hub.inspect import read_config
 from subbit.hub.load import load, load_tokenizer
 from subbit.model.load import load_model
 from subbit.packed.kernels import kernel_name
+from subbit.packed.linear import packed_modules
 
 __all__ = ["PROMPTS", "bench", "same_tokens"]
 
@@ -61,6 +62,8 @@ def bench(
 
     One model is in memory at a time; all are measured in this run.
 
+    What no kernel multiplies keeps its dense weight, as in `subbit generate`.
+
     Args:
         folder: the packed folder.
         original: the model it was made from; None = its own weights, decoded to a dense model.
@@ -72,10 +75,10 @@ def bench(
 
     Returns:
         Plain JSON: "threads", "kernel", "read_bandwidth" (bytes a second or None), "models" (one
-        dict each: "model", "dtype", "backend", "bytes" held, "parameters", "token_bytes",
+        dict each: "model", "dtype", "backend", "bytes" held at last, "parameters", "token_bytes",
         "prompt" and "decode" with "tokens", "mean", "sd", "best" in tokens a second, "bandwidth"
         = token_bytes x best), "linears" (one dict a shape: "shape", "count", "bytes" of one packed
-        linear as held, "ms" by "model dtype"), and "tokens": "prompts", "same", "new_tokens" and
+        linear as read, "ms" by "model dtype"), and "tokens": "prompts", "same", "new_tokens" and
         "gap" of the comparison with the dense float32 weights (`same_tokens`).
 
     Raises:
@@ -99,7 +102,7 @@ def bench(
             linears[f"{kind} {dtype}"] = speed.linear_times(model, names)
             if kind == "packed":
                 packed_bytes = {
-                    shape: speed.resident_bytes(model.get_submodule(group[0]))
+                    shape: speed.read_bytes(model.get_submodule(group[0]))
                     for shape, group in names.items()
                 }
         found["linears"] = [
@@ -156,7 +159,7 @@ def _contenders(
 ) -> Iterator[tuple[str, str, PreTrainedModel]]:
     """Kind, dtype and model of each contender; the caller lets go of one before the next."""
     for dtype in _DTYPES:
-        yield "packed", dtype, load(folder, dtype=dtype, device="cpu")
+        yield "packed", dtype, load(folder, dtype=dtype, device="cpu", keep_dense=True)
         gc.collect()
     for dtype in _DTYPES:
         if original is None:
@@ -173,10 +176,10 @@ def _decoded(folder: str | Path, dtype: str) -> PreTrainedModel:
 
 
 def _backend(model: nn.Module) -> str:
-    kinds = {m.backend for m in model.modules() if hasattr(m, "set_backend")}
+    kinds = {module.backend for module in packed_modules(model).values()}
     if not kinds:
         return "torch"
-    names = {"cpu": kernel_name(), "reference": "reference"}
+    names = {"cpu": kernel_name(), "reference": "torch, dense weights kept"}
     return " + ".join(sorted(names[kind] for kind in kinds))
 
 
@@ -197,7 +200,7 @@ def _rates(model: PreTrainedModel, prompt: int, new_tokens: int, repeats: int) -
 
 def _parameters(model: nn.Module) -> int:
     """Parameters of the model, packed linears counted as what they stand for."""
-    packed = [m for m in model.modules() if hasattr(m, "set_backend")]
+    packed = packed_modules(model).values()
     inside = {id(p) for m in packed for name, p in m.named_parameters() if name != "bias"}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     return dense + sum(m.in_features * m.out_features for m in packed)

@@ -3,7 +3,7 @@
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subbit.packed.kernels import native
+from subbit.packed.linear import packed_modules
 
 __all__ = [
     "Rate",
@@ -20,6 +21,7 @@ __all__ = [
     "linear_times",
     "prompts",
     "read_bandwidth",
+    "read_bytes",
     "resident_bytes",
     "token_bytes",
 ]
@@ -117,20 +119,31 @@ def read_bandwidth(nbytes: int = 256 << 20, rounds: int = 8) -> float | None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    held = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in held.values())
+    """Bytes of all parameters, buffers and kept dense weights, shared ones once."""
+    kept = [m.kept for m in packed_modules(model).values() if m.kept is not None]
+    return _bytes([*model.parameters(), *model.buffers(), *kept])
+
+
+def read_bytes(model: nn.Module) -> int:
+    """As `resident_bytes`, without the codes of linears whose dense weight is kept."""
+    unread = [m for m in packed_modules(model).values() if m.kept is not None]
+    return resident_bytes(model) - sum(_bytes(m.fields().values()) for m in unread)
 
 
 def token_bytes(model: PreTrainedModel) -> int:
-    """Bytes that decoding one token has to read: all weights but the input embedding's other rows.
+    """Bytes that decoding one token has to read: `read_bytes` but other rows of the embedding.
 
     Activations and the key-value cache are not counted.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is embedding
     unread = 0 if tied else embedding[1:].numel() * embedding.element_size()
-    return resident_bytes(model) - unread
+    return read_bytes(model) - unread
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    held = {tensor.data_ptr(): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
 def _timed(work: Callable[[], Any]) -> float:

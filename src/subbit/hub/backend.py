@@ -1,18 +1,22 @@
 """Which linears of a loaded model the CPU kernel multiplies with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from torch import nn
 
 from subbit.errors import FormatError, RecipeError
 from subbit.hub.inspect import read_config
-from subbit.hub.quantizer import packed_modules
 from subbit.packed.kernels import fits, kernel_name
-from subbit.packed.linear import PackedLinear
+from subbit.packed.linear import PackedLinear, packed_modules
 
-__all__ = ["BACKENDS", "kernel_in_words", "set_backend"]
+__all__ = ["BACKENDS", "choose_on_load", "keep_reference", "kernel_in_words", "set_backend"]
 
 BACKENDS = ("auto", "reference", "cpu")
+
+_automatic = ContextVar("automatic", default=True)
 
 
 def set_backend(model: nn.Module, backend: str = "auto", planes: int = 2) -> dict[str, int]:
@@ -56,6 +60,29 @@ def set_backend(model: nn.Module, backend: str = "auto", planes: int = 2) -> dic
         module.planes = planes
         counts[own] += 1
     return counts
+
+
+def choose_on_load(model: nn.Module) -> None:
+    """What `from_pretrained` does when all weights are there: `set_backend(model, "auto")`.
+
+    Not where accelerate moves weights between devices, nor within `keep_reference`.
+
+    Raises:
+        FormatError: damaged codes; the message names the linear.
+        RecipeError: an environment variable that chooses kernels is unknown.
+    """
+    if _automatic.get() and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        set_backend(model, "auto")
+
+
+@contextmanager
+def keep_reference() -> Iterator[None]:
+    """Have `from_pretrained` leave every linear on the reference, for the caller to choose."""
+    token = _automatic.set(False)
+    try:
+        yield
+    finally:
+        _automatic.reset(token)
 
 
 def kernel_in_words(folder: str | Path) -> str:

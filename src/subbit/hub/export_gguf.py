@@ -1,7 +1,7 @@
 """`subbit export --gguf`: a GGUF file with exactly the packed weights, or a sentence why not.
 
-Only LLaMA-like models (model type "llama", "mistral" is not looked at) with byte-level BPE
-tokenizers that llama.cpp has a name for; everything else is refused.
+Only models of type "llama" with a byte-level BPE tokenizer that llama.cpp has a name for; all
+others are refused.
 """
 
 import json

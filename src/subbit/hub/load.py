@@ -14,13 +14,14 @@ from transformers import (
 )
 
 from subbit.errors import FormatError, ModelError
-from subbit.hub.backend import set_backend
+from subbit.hub.backend import keep_reference, set_backend
 from subbit.hub.fetch import local_folder
 from subbit.hub.headers import read_folder_headers
 from subbit.hub.inspect import is_packed, read_config
 from subbit.hub.manifest import MANIFEST, has_manifest, verify_manifest
-from subbit.hub.quantizer import packed_modules, register
+from subbit.hub.quantizer import register
 from subbit.packed.layout import FORMAT_VERSION
+from subbit.packed.linear import packed_modules
 from subbit.quiet import quiet_transformers
 
 __all__ = ["is_packed", "load", "load_tokenizer"]
@@ -112,7 +113,7 @@ def _device(device: str | torch.device) -> torch.device:
 def _build(folder: Path, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:
     device_map = None if device.type == "cpu" else {"": device}
     try:
-        with quiet_transformers():
+        with quiet_transformers(), keep_reference():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map=device_map, output_loading_info=True
             )

@@ -12,12 +12,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from subbit.errors import FormatError, ModelError
+from subbit.hub.backend import choose_on_load
 from subbit.hub.config import QUANT_METHOD, SubbitConfig
 from subbit.hub.headers import TensorInfo, read_header
-from subbit.packed.linear import PackedLinear
+from subbit.packed.linear import PackedLinear, packed_modules
 from subbit.packed.pack import AnyLayout
 
-__all__ = ["SubbitQuantizer", "attach", "dense_shape", "packed_modules", "register"]
+__all__ = ["SubbitQuantizer", "attach", "dense_shape", "register"]
 
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -28,11 +29,6 @@ def register() -> None:
         auto.register_quantization_config(QUANT_METHOD)(SubbitConfig)
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(QUANT_METHOD)(SubbitQuantizer)
-
-
-def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return dotted name -> packed linear, in the model's own order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
 def dense_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -72,6 +68,7 @@ class SubbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in packed_modules(model).values():
             module.requires_grad_(False)  # the loader turns gradients on for every float tensor
+        choose_on_load(model)
         if not model.is_remote_code():
             # A later save_pretrained would not write the code that auto_map speaks of.
             auto_map = getattr(model.config, "auto_map", None) or {}

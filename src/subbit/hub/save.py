@@ -14,7 +14,8 @@ from subbit.hub.card import model_card
 from subbit.hub.config import SubbitConfig
 from subbit.hub.inspect import inspect_folder
 from subbit.hub.manifest import write_manifest
-from subbit.hub.quantizer import attach, packed_modules
+from subbit.hub.quantizer import attach
+from subbit.packed.linear import packed_modules
 from subbit.quiet import quiet_transformers
 
 __all__ = ["save_packed"]

@@ -15,7 +15,7 @@ from subbit.packed.kernels.layout import collapse, expand, fits
 from subbit.packed.pack import AnyLayout, decode_dense, pack, unpack
 from subbit.packed.report import BitReport, bit_report
 
-__all__ = ["BACKENDS", "PackedLinear", "dense_cache"]
+__all__ = ["BACKENDS", "PackedLinear", "dense_cache", "packed_modules"]
 
 BACKENDS = ("reference", "cpu")
 
@@ -155,12 +155,14 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.backend == "cpu":
             size = self.out_features, self.in_features
-            plain = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
-            direct = plain and not (torch.is_grad_enabled() and x.requires_grad)
-            product = op.multiply if direct else op.b3_linear
-            y = product(x, self.tiles, self.flags, *size, self.planes)
+            y = op.b3_linear(x, self.tiles, self.flags, *size, self.planes)
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The dense weight that is kept (`keep_dense`), None where there is none yet."""
+        return self._dense
 
     def drop_dense(self) -> None:
         """Keep no dense weight from now on and free the one that was kept."""
@@ -223,10 +225,15 @@ class PackedLinear(nn.Module):
         )
 
 
+def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return dotted name -> packed linear, in the model's own order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
 @contextmanager
 def dense_cache(module: nn.Module) -> Iterator[None]:
     """Let the packed linears within a module decode once for all that is run in between."""
-    packed = [part for part in module.modules() if isinstance(part, PackedLinear)]
+    packed = packed_modules(module).values()
     for part in packed:
         part.keep_dense = True
     try:

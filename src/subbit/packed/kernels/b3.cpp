@@ -73,6 +73,7 @@ struct Job {
     Shape shape;
     const uint8_t* tiles;
     const uint8_t* flags;  // (width): 0, or 8 in salient columns
+    bool salient;          // whether any is
     Acts acts;
     int batch;
     float* out;  // (batch, rows)
@@ -453,18 +454,13 @@ T256 INLINE __m256i merged_256(__m256i low, __m256i rest) {
     return _mm256_or_si256(_mm256_and_si256(low, three), _mm256_andnot_si256(three, rest));
 }
 
-// Codes of columns 16k .. 16k + 15, in the low three bits of each byte.
+// Codes of columns 16k .. 16k + 15, a byte each.
 T256 INLINE __m256i code_256(int k, __m256i A, __m256i B, __m256i C) {
-    switch (k) {
-        case 0: return A;
-        case 1: return _mm256_srli_epi16(A, 3);
-        case 2: return B;
-        case 3: return _mm256_srli_epi16(B, 3);
-        case 4: return C;
-        case 5: return _mm256_srli_epi16(C, 3);
-        case 6: return merged_256(_mm256_srli_epi16(A, 6), _mm256_srli_epi16(C, 4));
-        default: return merged_256(_mm256_srli_epi16(B, 6), _mm256_srli_epi16(C, 5));
-    }
+    const __m256i plane = k < 2 ? A : k < 4 ? B : C, seven = _mm256_set1_epi8(7);
+    if (k < 6) return _mm256_and_si256(k % 2 ? _mm256_srli_epi16(plane, 3) : plane, seven);
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi16(k == 6 ? A : B, 6), _mm256_set1_epi8(3));
+    const __m256i high = k == 6 ? _mm256_srli_epi16(C, 4) : _mm256_srli_epi16(C, 5);
+    return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(4)));
 }
 
 // 32 levels of R halves times the activations of their 16 columns. VNNI: int8 planes. AVX2: int16,
@@ -487,8 +483,8 @@ T256 INLINE void dot_256(__m256i* sum, const __m256i* w, const int8_t* x) {
     }
 }
 
-// R pairs of rows of a unit, i and on, with G vectors.
-template <bool VNNI, int P, int K, int R, int G>
+// R pairs of rows of a unit, i and on, with G vectors. SALIENT = false: no column is.
+template <bool VNNI, bool SALIENT, int P, int K, int R, int G>
 T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
                           __m256 (*sums)[G]) {
     constexpr int planes = VNNI ? P : 1, size = values_of(!VNNI, P), step = VNNI ? 16 : 32;
@@ -512,13 +508,12 @@ T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, i
     for (int k = 0; k < K; k++) {
         stay();
         if (k % (4 / R) == 0) ask_for(ahead + k / (4 / R) * kPlane);
-        const __m256i flag = twice(flags + 16 * k);
         __m256i w[R];
-        for (int r = 0; r < R; r++)
-            w[r] = _mm256_shuffle_epi8(
-                table[r], _mm256_or_si256(_mm256_and_si256(code_256(k, A[r], B[r], C[r]),
-                                                           _mm256_set1_epi8(7)),
-                                          flag));
+        for (int r = 0; r < R; r++) {
+            __m256i index = code_256(k, A[r], B[r], C[r]);
+            if (SALIENT) index = _mm256_or_si256(index, twice(flags + 16 * k));
+            w[r] = _mm256_shuffle_epi8(table[r], index);
+        }
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++)
             for (int p = 0; p < planes; p++)
@@ -534,7 +529,7 @@ T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, i
         }
 }
 
-template <bool VNNI, int P, int R, int G>
+template <bool VNNI, bool SALIENT, int P, int R, int G>
 T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
     __m256 sums[2 * kTiles][G];
     for (int i = 0; i < 2 * kTiles; i++)
@@ -542,9 +537,9 @@ T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
     for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
         for (int i = 0; i < 2 * kTiles; i += R)
-            rows_256<VNNI, P, 8, R, G>(j, unit, i, b, m, sums + i);
+            rows_256<VNNI, SALIENT, P, 8, R, G>(j, unit, i, b, m, sums + i);
     for (int i = 0; i < 2 * kTiles && j.shape.half; i += R)
-        rows_256<VNNI, P, 4, R, G>(j, unit, i, j.shape.full, m, sums + i);
+        rows_256<VNNI, SALIENT, P, 4, R, G>(j, unit, i, j.shape.full, m, sums + i);
     for (int i = 0; i < 2 * kTiles; i++)
         for (int g = 0; g < G; g++) {
             float lanes[8], rows[2];
@@ -555,12 +550,12 @@ T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
         }
 }
 
-template <bool VNNI, int P>
+template <bool VNNI, bool SALIENT, int P>
 T256 void strip_256(const Job& j, int64_t strip) {
     int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_256<VNNI, P, 1, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_256<VNNI, P, 1, 2>(j, strip, m);
-    if (m < j.batch) group_256<VNNI, P, 2, 1>(j, strip, m);
+    for (; m + 4 <= j.batch; m += 4) group_256<VNNI, SALIENT, P, 1, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_256<VNNI, SALIENT, P, 1, 2>(j, strip, m);
+    if (m < j.batch) group_256<VNNI, SALIENT, P, 2, 1>(j, strip, m);
 }
 
 #endif
@@ -668,11 +663,11 @@ void strip_neon(const Job& j, int64_t strip) {
 typedef void (*Strip)(const Job&, int64_t strip);
 
 template <int P>
-Strip strip_of(int isa) {
+Strip strip_of(int isa, [[maybe_unused]] bool salient) {
     switch (isa) {
 #if defined(__x86_64__)
-        case AVX2: return strip_256<false, P>;
-        case AVXVNNI: return strip_256<true, P>;
+        case AVX2: return salient ? strip_256<false, true, P> : strip_256<false, false, P>;
+        case AVXVNNI: return salient ? strip_256<true, true, P> : strip_256<true, false, P>;
         case AVX512: return strip_512<P>;
 #endif
 #if defined(__aarch64__)
@@ -685,7 +680,7 @@ Strip strip_of(int isa) {
 
 template <int P>
 void multiply(const Job& j, int isa, int threads) {
-    const Strip strip = strip_of<P>(isa);
+    const Strip strip = strip_of<P>(isa, j.salient);
     const int64_t strips = j.shape.strips;
     // below about 50 kB a second thread costs more than it saves
     const int64_t worth = strips * j.shape.stride * j.batch / 50000;
@@ -1049,7 +1044,8 @@ EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8
     if (!make_shape(rows, cols, tile_bytes, flag_bytes, &job.shape)) return 1;
     if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
-    job.tiles = tiles, job.flags = flags;
+    job.tiles = tiles, job.flags = flags, job.salient = false;
+    for (int64_t i = 0; i < flag_bytes; i++) job.salient |= flags[i] != 0;
     const int64_t most = batch < kMaxBatch ? batch : kMaxBatch, blocks = job.shape.blocks() * most;
     const int64_t plane_bytes = blocks * values_of(isa == AVX2, planes);
     const int64_t out_bytes = dtype == BFLOAT16 ? most * rows * 4 : 0;

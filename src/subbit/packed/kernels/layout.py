@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from subbit.codes import CompressedLinear, LevelTable
+from subbit.packed.decode import check_tensors
 from subbit.packed.layout import Layout
 from subbit.packed.pack import AnyLayout, pack, slice_rows, unpack
 
@@ -99,6 +100,7 @@ def expand(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     Raises:
         FormatError: tensors that mean no valid linear, as in `unpack`.
     """
+    check_tensors(layout, tensors)  # parts of tensors of other sizes would look right
     device = tensors["levels"].device
     count, width = sizes(layout.rows, layout.cols)
     tiles = torch.empty(count, dtype=torch.uint8, device=device)

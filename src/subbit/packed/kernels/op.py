@@ -11,7 +11,7 @@ from torch import Tensor
 from subbit.packed.kernels import native
 from subbit.packed.kernels.layout import dense_rows, sizes
 
-__all__ = ["PANEL_ROWS", "b3_linear", "decode", "multiply"]
+__all__ = ["PANEL_ROWS", "b3_linear", "decode"]
 
 PANEL_ROWS = 512
 
@@ -50,14 +50,7 @@ def _panels(rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + PANEL_ROWS, rows)) for start in range(0, rows, PANEL_ROWS)]
 
 
-def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
-    """What the operator does on the CPU, without torch's dispatcher and its 3 microseconds.
-
-    Neither traced nor differentiated; arguments as of `b3_linear`.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
-    """
+def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
     if x.shape[-1] != cols:
         raise ValueError(f"x {tuple(x.shape)} does not fit a linear ({rows}, {cols}).")
     flat = x.reshape(-1, cols)
@@ -76,6 +69,19 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, plan
     for start, stop in _panels(rows):
         panel = decode(tiles, flags, rows, cols, start, stop, x.dtype, room[: stop - start])
         torch.mm(flat, panel.T, out=y[:, start:stop])
+    return y.view(*x.shape[:-1], rows)
+
+
+def _multiply_on_gpu(
+    x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
+) -> Tensor:
+    """Triton's kernels, which round no activations; without Triton panels, as on the CPU."""
+    try:
+        from subbit.packed.kernels import triton_b3
+    except ImportError:
+        return _multiply(x, tiles, flags, rows, cols, planes)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = triton_b3.multiply(flat, tiles, flags, rows, cols)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -99,7 +105,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return out, None, None, None, None, None
 
 
-_OPERATORS.impl("b3_linear", multiply, "CPU")
+_OPERATORS.impl("b3_linear", _multiply, "CPU")
+_OPERATORS.impl("b3_linear", _multiply_on_gpu, "CUDA")
 torch.library.register_fake("subbit::b3_linear", _shape_only, lib=_OPERATORS)
 torch.library.register_autograd("subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS)
 

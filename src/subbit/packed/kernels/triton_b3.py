@@ -1,0 +1,132 @@
+"""Products with weights in the B3 layout on a GPU: a plain GEMV and a plain GEMM in Triton.
+
+They decode codes straight from the resident bytes (`layout.py`) and look levels up in memory. Both
+are checked against the reference in Triton's interpreter and compiled for a GPU without one; on a
+GPU neither was run or timed yet, and nothing chooses them by itself: the operator `b3_linear`
+takes them for tensors on a CUDA device.
+
+In Triton's interpreter (`TRITON_INTERPRET=1`, set before this module is imported) tensors are on
+the CPU; there a product of bfloat16 is wrong, so the type that is multiplied is a constant of the
+kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subbit.packed.kernels.layout import UNIT_ROWS, sizes
+
+__all__ = ["gemm_kernel", "gemv_kernel", "multiply"]
+
+_FULL = tl.constexpr(960)  # bytes of a unit of 128 columns, of which 768 are codes
+_VECTORS = 32  # that a program of the GEMM multiplies with
+_GEMM_ROWS = 64
+
+
+@triton.jit
+def _weights(unit, flags, rows, cols, TILE: tl.constexpr):
+    """Decode weights: `rows` (R, 1) within a unit, `cols` (1, C) of its block; TILE = bytes of a
+    tile's codes, 192 or 128; `unit` (R, 1) or scalar and `flags` point at unit and block."""
+    k, j = cols // 16, cols % 16
+    tile = unit + rows // 4 * TILE + rows % 4 * 16 + j
+    first = tl.load(tile + tl.where(k < 6, k // 2, k - 6) * 64).to(tl.int32)
+    third = tl.load(tile + 128, mask=(k >= 6) & (rows >= 0), other=0).to(tl.int32)
+    code = tl.where(k < 6, first >> (k % 2 * 3) & 7, first >> 6 | (third >> (k - 2) & 4))
+    salient = tl.load(flags + cols).to(tl.int32) != 0
+    record = unit + 4 * TILE + rows * 12
+    some = (code > 0) & (code <= tl.where(salient, 4, 6))
+    level = tl.load(record + tl.where(salient, 5, -1) + code, mask=some, other=128).to(tl.int32)
+    low, high = tl.load(record + 10).to(tl.int32), tl.load(record + 11).to(tl.int32)
+    scale = (low << 16 | high << 24).to(tl.float32, bitcast=True)
+    return (level - 128).to(tl.float32) * scale
+
+
+@triton.jit
+def gemv_kernel(x, tiles, flags, y, rows, cols, full, stride, HALF: tl.constexpr):
+    """A program multiplies 16 rows with one vector: grid (strips, batch)."""
+    strip, vector = tl.program_id(0), tl.program_id(1)
+    row = tl.arange(0, 16)[:, None]
+    col = tl.arange(0, 128)[None, :]
+    unit = tiles + strip.to(tl.int64) * stride
+    x += vector.to(tl.int64) * cols
+    sums = tl.zeros((16,), tl.float32)
+    for block in range(full):
+        w = _weights(unit + block * _FULL, flags + block * 128, row, col, 192)
+        at = block * 128 + col
+        sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
+    if HALF:
+        col = tl.arange(0, 64)[None, :]
+        w = _weights(unit + full * _FULL, flags + full * 128, row, col, 128)
+        at = full * 128 + col
+        sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
+    out = strip * 16 + tl.arange(0, 16)
+    tl.store(y + vector.to(tl.int64) * rows + out, sums.to(y.dtype.element_ty), mask=out < rows)
+
+
+@triton.jit
+def gemm_kernel(
+    x, tiles, flags, y, batch, rows, cols, full, stride, strips,
+    HALF: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """A program multiplies ROWS rows with VECTORS vectors: grid (row tiles, vector tiles)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    vector = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)[None, :]
+    strip = tl.minimum(row // 16, strips - 1)  # rows that do not exist decode another's
+    unit = tiles + strip.to(tl.int64) * stride
+    x += vector.to(tl.int64) * cols
+    sums = tl.zeros((ROWS, VECTORS), tl.float32)
+    col = tl.arange(0, 128)
+    for block in range(full):
+        w = _weights(unit + block * _FULL, flags + block * 128, row % 16, col[None, :], 192)
+        at = block * 128 + col[:, None]
+        values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
+        sums = tl.dot(w.to(DOT), values.to(DOT), sums, input_precision="ieee")
+    if HALF:
+        col = tl.arange(0, 64)
+        w = _weights(unit + full * _FULL, flags + full * 128, row % 16, col[None, :], 128)
+        at = full * 128 + col[:, None]
+        values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
+        sums = tl.dot(w.to(DOT), values.to(DOT), sums, input_precision="ieee")
+    tl.store(
+        y + vector.to(tl.int64) * rows + row,
+        sums.to(y.dtype.element_ty),
+        mask=(row < rows) & (vector < batch),
+    )
+
+
+def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> Tensor:
+    """`y = x Wᵀ` by the GEMV for one vector, by the GEMM for more.
+
+    Args:
+        x: float32, bfloat16 or float16 `(batch, cols)`, contiguous, on the device of the weights.
+        tiles, flags: uint8, of `layout.sizes(rows, cols)` bytes.
+
+    Returns:
+        `(batch, rows)` in the dtype of x.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if x.shape[1] != cols or (tiles.numel(), flags.numel()) != sizes(rows, cols):
+        raise ValueError(
+            f"x {tuple(x.shape)}, {tiles.numel()} bytes of tiles and {flags.numel()} flags do not "
+            f"fit a linear ({rows}, {cols})."
+        )
+    batch, strips = x.shape[0], -(-rows // UNIT_ROWS)
+    rest = cols % 128
+    half = 0 < rest <= 64
+    full = cols // 128 + (rest > 64)
+    y = x.new_empty(batch, rows)
+    if batch == 0:
+        return y
+    weights = rows, cols, full, tiles.numel() // strips
+    if batch == 1:
+        gemv_kernel[(strips, 1)](x, tiles, flags, y, *weights, HALF=half)
+        return y
+    dots = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    dot = dots.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
+    grid = triton.cdiv(rows, _GEMM_ROWS), triton.cdiv(batch, _VECTORS)
+    constants = {"HALF": half, "DOT": dot, "ROWS": _GEMM_ROWS, "VECTORS": _VECTORS}
+    gemm_kernel[grid](x, tiles, flags, y, batch, *weights, strips, **constants)
+    return y
