@@ -1,6 +1,6 @@
-// The two steps of the refinement of a block that take the time (refine.py says what they do and has
-// them in torch): one sweep of coordinate descent over the columns, and the normal equations of the
-// levels. Rows do not know of each other. In the sweep a tile of them is worked on at a time, one row
+// The steps of fitting levels to a block that take the time (levels.py and refine.py say what they do
+// and have them in torch): the exact start of free levels, one sweep of coordinate descent over the
+// columns, and the normal equations of the levels. Rows do not know of each other. In the sweep a tile of them is worked on at a time, one row
 // a lane, so that every loop over lanes becomes vector code and the tile stays in the L1 cache.
 //
 // Nothing here may depend on the instruction set or the number of threads: no contraction to
@@ -18,9 +18,9 @@
 // The version of the arguments of what follows, or 0 = nothing here may be called on this machine.
 EXPORT int subbit_descent_version() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") ? 2 : 0;
+    return __builtin_cpu_supports("avx2") ? 3 : 0;
 #else
-    return 2;
+    return 3;
 #endif
 }
 
@@ -211,7 +211,74 @@ void level_gram(int64_t b, int entries, const float* S, const uint8_t* entry, co
     }
 }
 
+// Sums of a row's first j weights, ascending: of their masses, and of mass times weight and square.
+struct Sums {
+    double mass[kColumns + 1], first[kColumns + 1], second[kColumns + 1];
+};
+
+// Squared error of weights [i, j) around their mean.
+INLINE double spread(const Sums& s, int i, int j) {
+    const double mass = s.mass[j] - s.mass[i], first = s.first[j] - s.first[i];
+    const double error = s.second[j] - s.second[i] - first * first / (mass > 1e-300 ? mass : 1e-300);
+    return error > 0 ? error : 0;
+}
+
+// best[j] and cut[j] for j in [from, to): the least error of the first j weights in one cluster more
+// than `before` has, and where the last cluster begins, which is in [low, high]. The cut never falls
+// as j grows, so that the middle j halves the range for both sides.
+void best_cuts(const Sums& s, const double* before, double* best, uint16_t* cut, int from, int to,
+               int low, int high) {
+    if (from >= to) return;
+    const int j = (from + to) / 2;
+    double least = before[low] + spread(s, low, j);
+    int at = low;
+    for (int i = low + 1; i <= high && i < j; i++) {
+        const double error = before[i] + spread(s, i, j);
+        if (error < least) least = error, at = i;
+    }
+    best[j] = least;
+    cut[j] = uint16_t(at);
+    best_cuts(s, before, best, cut, from, j, low, at);
+    best_cuts(s, before, best, cut, j + 1, to, at, high);
+}
+
+void row_levels(int kept, int count, const float* w, const float* mass, float* levels) {
+    Sums s;
+    s.mass[0] = s.first[0] = s.second[0] = 0;
+    for (int j = 0; j < kept; j++) {
+        s.mass[j + 1] = s.mass[j] + mass[j];
+        s.first[j + 1] = s.first[j] + double(mass[j]) * w[j];
+        s.second[j + 1] = s.second[j] + double(mass[j]) * w[j] * w[j];
+    }
+    const int clusters = kept < count ? kept : count;
+    double error[2][kColumns + 1];
+    uint16_t cut[kLevels][kColumns + 1];
+    for (int j = 0; j <= kept; j++) error[0][j] = spread(s, 0, j), cut[0][j] = 0;
+    for (int k = 1; k < clusters; k++)
+        best_cuts(s, error[(k - 1) & 1], error[k & 1], cut[k], k + 1, kept + 1, k, kept - 1);
+    for (int k = clusters - 1, end = kept; k >= 0; k--) {
+        const int start = cut[k][end];
+        const double m = s.mass[end] - s.mass[start];
+        levels[k] = m > 1e-300 ? float((s.first[end] - s.first[start]) / m) : w[start];
+        end = start;
+    }
+    for (int k = clusters; k < count; k++) levels[k] = clusters ? levels[clusters - 1] : 0;
+}
+
 }  // namespace
+
+// The levels of least squared error of every row, (rows, count) ascending; a row with fewer weights
+// than levels repeats its last. `w` is (rows, b), the kept weights of a row first and ascending,
+// `mass` what a squared error of each costs, `kept` how many there are. Returns as below.
+EXPORT int subbit_descent_levels(int64_t rows, int64_t b, int count, const float* w,
+                                 const float* mass, const int32_t* kept, float* levels,
+                                 int threads) {
+    if (rows < 1 || b < 1 || b > kColumns || count < 1 || count > kLevels) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        row_levels(kept[row], count, w + row * b, mass + row * b, levels + row * count);
+    return 0;
+}
 
 // Returns 0, or 1 = sizes beyond the limits above, 2 = no memory. `codes` alone is changed.
 EXPORT int subbit_descent_sweep(int64_t rows, int64_t b, int64_t m, const float* S, uint8_t* codes,

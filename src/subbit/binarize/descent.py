@@ -1,4 +1,6 @@
-"""The compiled steps of the refinement (descent.cpp), reached through ctypes; `refine.py` without.
+"""The compiled steps of fitting levels (descent.cpp), reached through ctypes.
+
+What stands in for them elsewhere, in torch, is in `levels.py` and `refine.py`.
 
 Built with the package where there is a C++ compiler. `SUBBIT_DESCENT=off` does without it.
 """
@@ -13,9 +15,9 @@ from torch import Tensor
 
 from subbit.errors import RecipeError
 
-__all__ = ["available", "is_compiled", "level_gram", "sweep_columns"]
+__all__ = ["available", "exact_levels", "is_compiled", "level_gram", "sweep_columns"]
 
-_VERSION = 2
+_VERSION = 3
 _MAX_COLUMNS, _MAX_GROUP, _MAX_LEVELS, _MAX_TABLES = 256, 16, 16, 2  # as in descent.cpp
 
 
@@ -31,6 +33,7 @@ def _library() -> ctypes.CDLL | None:
             pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
             found.subbit_descent_sweep.argtypes = [size] * 3 + [pointer] * 6
             found.subbit_descent_sweep.argtypes += [number, pointer, pointer, number, number]
+            found.subbit_descent_levels.argtypes = [size, size, number] + [pointer] * 4 + [number]
             found.subbit_descent_gram.argtypes = [size, size, number] + [pointer] * 5 + [number]
             return found
     return None
@@ -143,3 +146,30 @@ def level_gram(entry: Tensor, RS: Tensor, S: Tensor, entries: int) -> tuple[Tens
             f"{rows} x {b} weights of {entries} levels are beyond descent.cpp's limits"
         )
     return A, c
+
+
+def exact_levels(ascending: Tensor, mass: Tensor, kept: Tensor, count: int) -> Tensor:
+    """The levels of least squared error of every row, float32 `(rows, count)`, ascending.
+
+    Args:
+        ascending: float32 `(rows, b)`: the kept weights of every row first, in ascending order.
+        mass: float32 `(rows, b)`: what a squared error of each costs.
+        kept: integer `(rows,)`: how many they are.
+        count: number of levels; a row with fewer weights repeats its last level.
+    """
+    rows, b = ascending.shape
+    ascending, mass = ascending.contiguous(), mass.float().contiguous()
+    kept, levels = kept.int().contiguous(), ascending.new_empty(rows, count)
+    failed = _library().subbit_descent_levels(
+        rows,
+        b,
+        count,
+        ascending.data_ptr(),
+        mass.data_ptr(),
+        kept.data_ptr(),
+        levels.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(f"{rows} x {b} weights, {count} levels: beyond the limits of descent.cpp")
+    return levels
