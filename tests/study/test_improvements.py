@@ -1,5 +1,5 @@
 import pytest
-from test_run import PROTOCOL, model, record  # noqa: F401
+from test_run import PROTOCOL, record
 
 from subbit.recipe import load_recipe
 from subbit.study import figure as figure_module
@@ -66,7 +66,7 @@ def test_a_figure_is_drawn_and_is_the_same_every_time(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ablation", "pareto"])
-def test_the_studies_run(name, tmp_path, model, monkeypatch):  # noqa: F811
+def test_the_studies_run(name, tmp_path, model, monkeypatch):
     drawn = []
     monkeypatch.setattr("subbit.study.run.draw", lambda *args: drawn.append(args))
     found = STUDIES[name]

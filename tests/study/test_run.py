@@ -13,29 +13,9 @@ from subbit.study.cells import Cell, Protocol
 from subbit.study.run import run_study
 from subbit.study.studies import Study
 from subbit.study.tables import markdown
-from tiny_models import tiny_model, tiny_tokenizer
 
 PROTOCOL = Protocol(nsamples=2, seqlen=24, windows=2, c4_from=100)
 GOOD = Cell("good", "rtn-2")
-
-
-@pytest.fixture(autouse=True)
-def texts(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("data")
-    words = "the quick brown fox jumps over a lazy dog while seven wizards box with gin and tea "
-    lines = [words[i % 17 :] for i in range(80)]
-    (folder / "wikitext2.test.raw").write_text("\n".join(lines))
-    documents = [json.dumps({"text": line}) for line in lines]
-    (folder / "c4.calibration.jsonl").write_text("\n".join(documents))
-    monkeypatch.setenv("SUBBIT_DATA", str(folder))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def study_of(*cells, **kwargs):
