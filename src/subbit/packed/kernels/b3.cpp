@@ -687,7 +687,7 @@ void multiply(const Job& j, int isa, int threads) {
     if (threads > worth) threads = worth < 1 ? 1 : (int)worth;
     int64_t chunk = strips / (8 * threads);
     chunk = chunk < 1 ? 1 : chunk;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(guided, chunk) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < strips; i++) strip(j, i);
 }
 
