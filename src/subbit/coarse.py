@@ -74,7 +74,7 @@ class CoarseStage:
                 self.blocks, self.calls, self.hidden, device=self.device, advance=advance
             )
             return {"block_similarities": found}
-        return {"losses": self._losses(), "damages": self._damages(advance)}
+        return self._measured(advance)
 
     def kept(self, facts: dict[str, Any]) -> tuple[Kept, float]:
         """N of every linear, from what `look` has found, and their weighted mean."""
@@ -106,36 +106,37 @@ class CoarseStage:
     def _few(self) -> Tensor:
         return self.hidden[:_WINDOWS]
 
-    def _losses(self) -> list[float]:
-        """Mean loss of the linears of the middle block that keep 1, 2, ... M of M."""
-        middle, m = len(self.linears) // 2, self.recipe.nm[1]
-        hidden = self._few.clone()
-        for i in range(middle):
-            run_block(self.blocks.modules[i], hidden, self.calls[i], out=hidden, device=self.device)
-        grams, linears = self._grams(middle, hidden, None), self.linears[middle]
+    def _measured(self, advance: Advance) -> dict[str, Any]:
+        """One walk through the model.
 
-        def mean_loss(n: int) -> float:
-            losses = [self._compressed(grams[k], k, linear, n)[1] for k, linear in linears.items()]
-            return sum(losses) / len(losses)
-
-        return [mean_loss(n) for n in range(1, m + 1)]
-
-    def _damages(self, advance: Advance) -> list[float]:
-        """Relative change of the last hidden states when each linear alone is compressed."""
+        "damages": relative change of the last hidden states when each linear alone is compressed;
+        "losses": mean loss of the linears of the middle block that keep 1, 2, ... M of M.
+        """
         entering = [self.hidden[:1]]
         for block, call in zip(self.blocks.modules, self.calls, strict=True):
             entering.append(run_block(block, entering[-1], call, device=self.device))
             _say(advance, 1)
-        hidden, damages = self._few.clone(), []
+        hidden, damages, losses = self._few.clone(), [], []
         for i, block in enumerate(self.blocks.modules):
             grams = self._grams(i, hidden, advance)
+            if i == len(self.linears) // 2:
+                losses = self._losses(grams, self.linears[i])
             for name, linear in self.linears[i].items():
                 weight, _ = self._compressed(grams[name], name, linear, self.recipe.nm[0])
                 damages.append(self._damage(i, linear, weight, entering))
                 _say(advance, len(self.blocks.modules) - i)
             run_block(block, hidden, self.calls[i], out=hidden, device=self.device)
             _say(advance, 1)
-        return damages
+        return {"losses": losses, "damages": damages}
+
+    def _losses(
+        self, grams: dict[str, GramAccumulator], linears: dict[str, nn.Module]
+    ) -> list[float]:
+        def mean_loss(n: int) -> float:
+            losses = [self._compressed(grams[k], k, linear, n)[1] for k, linear in linears.items()]
+            return sum(losses) / len(losses)
+
+        return [mean_loss(n) for n in range(1, self.recipe.nm[1] + 1)]
 
     def _grams(self, i: int, hidden: Tensor, advance: Advance) -> dict[str, GramAccumulator]:
         return capture_inputs(

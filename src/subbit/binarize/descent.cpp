@@ -1,7 +1,8 @@
 // The steps of fitting levels to a block that take the time (levels.py and refine.py say what they do
 // and have them in torch): the exact start of free levels, one sweep of coordinate descent over the
-// columns, and the normal equations of the levels. Rows do not know of each other. In the sweep a tile of them is worked on at a time, one row
-// a lane, so that every loop over lanes becomes vector code and the tile stays in the L1 cache.
+// columns, and the normal equations of the levels. Rows do not know of each other. In the sweep a tile
+// of them is worked on at a time, one row a lane, so that every loop over lanes becomes vector code and
+// the tile stays in the L1 cache.
 //
 // Nothing here may depend on the instruction set or the number of threads: no contraction to
 // multiply-add (see the flags in pyproject.toml), the same order of operations for every row.
@@ -191,7 +192,6 @@ void store(const Tile& x, const Arrays& a, int64_t row) {
 }
 
 constexpr int kEntries = kTables * (kLevels + 1);  // and that of the pruned weights, one a table
-constexpr uint8_t kPruned = 255;
 
 void level_gram(int64_t b, int entries, const float* S, const uint8_t* entry, const float* rs,
                 float* A, float* c) {
@@ -310,7 +310,7 @@ EXPORT int subbit_descent_sweep(int64_t rows, int64_t b, int64_t m, const float*
 
 // For every row the sums of S over the pairs of columns whose weights have the entries t and u,
 // A (rows, entries, entries), and of rs over the columns of entry t, c (rows, entries).
-// `entry` is (rows, b), kPruned where a weight has none. Returns 0, or 1 = sizes beyond the limits.
+// `entry` is (rows, b), no number below `entries` where a weight has none. Returns 0, or 1 = sizes beyond the limits.
 EXPORT int subbit_descent_gram(int64_t rows, int64_t b, int entries, const float* S,
                                const uint8_t* entry, const float* rs, float* A, float* c,
                                int threads) {
