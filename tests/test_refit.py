@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from subbit.hub.quantizer import packed_modules
+from subbit.model import Blocks, ModelEnd, find_blocks, first_inputs, record_calls, run_block
 from subbit.refit import loose_tensors
-from test_compression import compress, logits
+from subbit.refit.model import _Job
+from subbit.refit.tuned import Learner
+from subbit.text import calibration_windows
+from test_compression import SMALL, compress, logits
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 REFIT = ["refit.steps=12", "refit.rate=0.02"]
@@ -113,6 +117,119 @@ def test_a_step_that_makes_it_worse_is_taken_back(text):
     done = fitted("llama", text, "refit.rate=1000")
     plain = fitted("llama", text, "refit.steps=0")
     assert all(line["refit"]["after"] == line["refit"]["before"] for line in refit_lines(done))
+    assert torch.equal(logits(done.model), logits(plain.model))
+
+
+MODEL = ["refit.steps=0", "refit.model_steps=16", "refit.model_rate=0.004"]
+
+
+def windows(family, source):
+    """The calibration windows of `fitted`."""
+    sizes = dict(item.removeprefix("calibration.").split("=") for item in SMALL if "=" in item)
+    counts = {key: int(sizes[key]) for key in ("nsamples", "seqlen")}
+    return calibration_windows(source, tiny_tokenizer(), tiny_model(family), **counts).tokens
+
+
+def divergence(model, other, tokens):
+    """Mean KL divergence of `model`'s next-token distribution from that of `other`."""
+    given, wanted = (m(input_ids=tokens).logits.float().log_softmax(-1) for m in (model, other))
+    return (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_blocks_together_come_closer_to_the_original_predictions(family, text):
+    done, plain = fitted(family, text, *MODEL), fitted(family, text, "refit.steps=0")
+    (line,) = refit_lines(done)
+    assert line["refit"]["after"] < 0.9 * line["refit"]["before"]
+    ours, before = packed_modules(done.model), packed_modules(plain.model)
+    assert all(
+        torch.equal(module.compressed().codes, before[name].compressed().codes)
+        for name, module in ours.items()
+    )
+    tokens = windows(family, text)[:8]
+    with torch.no_grad():
+        was, now = (divergence(m.model, tiny_model(family), tokens) for m in (plain, done))
+    assert line["refit"]["before"] == pytest.approx(was, rel=1e-3)
+    assert line["refit"]["after"] == pytest.approx(now, rel=1e-3)
+
+
+def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
+    model, original = fitted("llama", text, "refit.steps=0").model, tiny_model("llama")
+    tokens = windows("llama", text)[:1]
+    blocks = Blocks("model.layers", list(model.model.layers))
+    linears = [list(packed_modules(block)) for block in blocks.modules]
+    learners = [Learner(b, names) for b, names in zip(blocks.modules, linears)]
+    calls = record_calls(model, blocks, tokens)
+    hidden, cpu = first_inputs(model, blocks, tokens), torch.device("cpu")
+    target = hidden.clone()
+    for block, call in zip(find_blocks(original).modules, calls):
+        target = run_block(block, target, call)
+    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, None)
+    learning = [p for learner in learners for p in learner.begin()]
+    job._differentiate(0)
+    ours = [p.grad.clone() for p in learning]
+    with torch.enable_grad():
+        x = hidden
+        for learner, call in zip(learners, calls):
+            x = call.run(learner, x)
+        given = model.lm_head(model.model.norm(x)).log_softmax(-1)
+        wanted = original(input_ids=tokens).logits.log_softmax(-1).detach()
+        loss = (wanted.exp() * (wanted - given)).sum(-1).mean()
+        theirs = torch.autograd.grad(loss, learning)
+    for mine, whole in zip(ours, theirs):
+        assert torch.allclose(mine, whole, rtol=1e-3, atol=1e-5 * whole.abs().max())
+
+
+@pytest.mark.parametrize("fails", ["refit_model", "_commit_of"])
+def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
+    fails, text, tmp_path, monkeypatch
+):
+    from subbit import compression
+
+    model = tiny_model("gpt2")
+    kwargs = {"tokenizer": tiny_tokenizer(), "overrides": [*REFIT, *MODEL[1:]]}
+    whole = compress(copy.deepcopy(model), text, **kwargs)
+    real, calls = getattr(compression, fails), []
+    last = 1 if fails == "refit_model" else len(model.transformer.h) + 2
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(compression, fails, fail)
+    kwargs["out"] = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress(copy.deepcopy(model), text, **kwargs)
+    monkeypatch.setattr(compression, fails, real)
+    resumed = compress(copy.deepcopy(model), text, resume="required", **kwargs)
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert len(refit_lines(resumed)) == len(refit_lines(whole))
+
+
+def test_a_finished_refit_of_the_model_is_not_done_again(text, tmp_path, monkeypatch):
+    from subbit import compression
+
+    kwargs = {"tokenizer": tiny_tokenizer(), "overrides": MODEL, "out": tmp_path / "out"}
+    whole = compress(tiny_model("llama"), text, **kwargs | {"out": None})
+    monkeypatch.setattr(compression.Workdir, "publish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress(tiny_model("llama"), text, **kwargs)
+    monkeypatch.undo()
+    monkeypatch.setattr(compression, "refit_model", None)
+    resumed = compress(tiny_model("llama"), text, resume="required", **kwargs)
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["name"] for line in refit_lines(resumed)] == ["all blocks"]
+
+
+def test_a_refit_of_the_model_that_makes_it_worse_is_taken_back(text):
+    done = fitted("llama", text, *MODEL, "refit.model_rate=1000")
+    plain = fitted("llama", text, "refit.steps=0")
+    (line,) = refit_lines(done)
+    assert line["refit"]["after"] == line["refit"]["before"]
     assert torch.equal(logits(done.model), logits(plain.model))
 
 

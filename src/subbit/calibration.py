@@ -31,6 +31,7 @@ class Calibrator:
             block at hand, on the CPU.
         originals: those of the original model; None where nobody compares. Once `rounds` of a
             block has ended they are what the original block puts out.
+        first: hidden states that enter the first block; None where nobody wants them again.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Calibrator:
         self.hidden = hidden
         self.refit = recipe.refit if recipe.refit.steps else None
         follows = self.refit is not None and self.refit.towards == "original"
-        self.originals = hidden.clone() if self.asymmetry.strength or follows else None
+        self.first = hidden.clone() if recipe.refit.model_steps else None
+        compares = self.asymmetry.strength or follows or self.first is not None
+        self.originals = hidden.clone() if compares else None
 
     def passes(self, linears: dict[str, nn.Module]) -> int:
         """How often a block is run on every window to calibrate it, judged by the first."""

@@ -45,7 +45,7 @@ from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear, dense_cache
 from subbit.packed.pack import read_layout
 from subbit.recipe import Recipe, load_recipe
-from subbit.refit import loose_tensors, refit_block
+from subbit.refit import JUDGED, Refit, loose_tensors, refit_block, refit_model
 from subbit.run.commits import Workdir, check_output
 from subbit.run.log import LinearLog
 from subbit.run.memory import peak_rss_bytes
@@ -284,8 +284,14 @@ class _Job:
     def steps(self) -> int:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
-        others = count * len(self.tokens) + self.coarse
+        others = count * len(self.tokens) + self.coarse + self._steps_of_model
         return others + sum(map(self._steps_of_block, range(count)))
+
+    @property
+    def _steps_of_model(self) -> int:
+        """Steps of refitting all blocks together."""
+        steps, judged = self.recipe.refit.model_steps, 2 * min(JUDGED, len(self.tokens))
+        return len(self.blocks.modules) * (4 * steps + judged) if steps else 0
 
     def _steps_of_block(self, i: int) -> int:
         """Steps of compressing one block, without propagation."""
@@ -320,6 +326,8 @@ class _Job:
             if i + 1 < count:  # nobody looks at what the last block puts out
                 with self._stage("propagate"), dense_cache(block):
                     calibrator.propagate(i, bar.advance)
+        if self.recipe.refit.model_steps:
+            self._refit_model(calibrator, bar)
         if log is not None:
             log.close()
         self._finish(kept, time.monotonic() - started)
@@ -357,7 +365,9 @@ class _Job:
         if self.workdir is None:
             return None
         lines = [
-            line for i in range(self.workdir.committed) for line in self.workdir.load(i)[1]["log"]
+            line
+            for i in range(min(self.workdir.committed, len(self.blocks.modules)))
+            for line in self.workdir.load(i)[1]["log"]
         ]
         return LinearLog(self.workdir.path / "log.jsonl", lines)
 
@@ -447,13 +457,51 @@ class _Job:
             device=self.device,
             advance=lambda steps: bar.advance(steps * _REFIT_STEPS),
         )
-        facts = {"refit": {"before": done.before, "after": done.after, "steps": done.steps}}
-        timing = {"seconds": round(time.monotonic() - begun, 4)}
-        return {"block": i, "name": self.blocks.name(i), **facts, **timing}
+        return {"block": i, "name": self.blocks.name(i), **_refit_facts(done, begun)}
+
+    def _refit_model(self, calibrator: Calibrator, bar: Progress) -> None:
+        """Tune all blocks together, and commit every one of them a second time."""
+        bar.phase("refitting all blocks together")
+        if self.workdir is not None and self._is_refitted:
+            bar.skip(self._steps_of_model)
+            self.result.log += filter(None, [self.workdir.fetch("refit")])
+            return
+        with self._stage("refit model"):
+            begun = time.monotonic()
+            done = refit_model(
+                self.model,
+                self.blocks,
+                [list(linears) for linears in self.linears],
+                calibrator.first,
+                calibrator.originals,
+                calibrator.calls,
+                self.recipe.refit,
+                device=self.device,
+                advance=bar.advance,
+            )
+        self.result.log.append({"name": "all blocks", **_refit_facts(done, begun)})
+        if self.workdir is not None:
+            with self._stage("commit"):
+                self._commit_again()
+
+    @property
+    def _is_refitted(self) -> bool:
+        """Whether all blocks are committed as refitting the model left them."""
+        return self.workdir.committed == 2 * len(self.blocks.modules)
+
+    def _commit_again(self) -> None:
+        """Commit the refitted blocks behind the others; those an interrupted run has are there."""
+        self.workdir.store("refit", self.result.log[-1])
+        count = len(self.blocks.modules)
+        for i in range(self.workdir.committed - count, count):
+            lines = self.workdir.load(i)[1]["log"]
+            commit = _commit_of(self.blocks.modules[i], self.linears[i], lines, True)
+            self.workdir.commit(count + i, *commit)
 
     def _restore(self, i: int) -> None:
         """Put a committed block in place, as it was when it was committed."""
-        tensors, meta = self.workdir.load(i)
+        again = len(self.blocks.modules) if self._is_refitted else 0
+        tensors, meta = self.workdir.load(again + i)
         block = self.blocks.modules[i]
         for name, linear in self.linears[i].items():
             layout = read_layout(meta["layouts"][name])
@@ -501,6 +549,12 @@ class _Job:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+
+def _refit_facts(done: Refit, begun: float) -> dict[str, Any]:
+    """What a line of the log says about a refit that began at `begun`."""
+    facts = {"before": done.before, "after": done.after, "steps": done.steps}
+    return {"refit": facts, "seconds": round(time.monotonic() - begun, 4)}
 
 
 _REFIT_STEPS = 3  # a step of refitting takes about three times as long as running a window

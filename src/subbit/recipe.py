@@ -138,19 +138,24 @@ class AsymmetrySpec(_Spec):
 
 
 class RefitSpec(_Spec):
-    """Tuning of levels, norms and biases once the codes of a block are settled.
+    """Tuning of levels, norms and biases once codes are settled: by block, and of the whole model.
 
     Attributes:
         steps: steps of Adam for each block, one calibration window a step; 0 = off.
         rate: learning rate, as a share of the root mean square of the tensor that learns; it falls
             to 0 along a cosine.
-        towards: what is reconstructed: the hidden states of the "original" model, or what the
+        towards: what a block reconstructs: the hidden states of the "original" model, or what the
             original "block" makes of the compressed model's.
+        model_steps: steps of Adam for all blocks together, one calibration window a step, towards
+            the original model's next-token distribution, once every block is done; 0 = off.
+        model_rate: its learning rate, like `rate`.
     """
 
     steps: int = Field(0, ge=0)
     rate: float = Field(0.005, gt=0)
     towards: Literal["original", "block"] = "original"
+    model_steps: int = Field(0, ge=0)
+    model_rate: float = Field(0.005, gt=0)
 
 
 class CoarseSpec(_Spec):

@@ -8,6 +8,7 @@ from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_modul
 from subbit.model.calls import BlockCall
 from subbit.model.capture import block_similarities, capture_inputs, run_block
 from subbit.model.coverage import check_coverage, is_skipped
+from subbit.model.end import ModelEnd
 from subbit.model.load import LoadedModel, load_model
 from subbit.model.pairs import Look, Wiring, look_at_windows, wiring
 from subbit.model.trace import first_inputs, record_calls
@@ -18,6 +19,7 @@ __all__ = [
     "Blocks",
     "LoadedModel",
     "Look",
+    "ModelEnd",
     "Wiring",
     "block_similarities",
     "capture_inputs",

@@ -47,7 +47,8 @@ def _ablation() -> list[Cell]:
             if value is not None:
                 now[key] = value
         cells.append(Cell(name, _PLUS, [f"{key}={value}" for key, value in now.items()]))
-    return [*cells, Cell("refit", "pbs2p-plus-refit-6-8")]
+    refit = "pbs2p-plus-refit-6-8"
+    return [*cells, Cell("refit-blocks", refit, ["refit.model_steps=0"]), Cell("refit", refit)]
 
 
 _CHOICES = {
@@ -70,6 +71,7 @@ _CHOICES = {
     "layer-importance": ["coarse.allocation=layer_importance"],
     "towards-block": ["refit.steps=64", "refit.rate=0.01", "refit.towards=block"],
     "towards-original": ["refit.steps=64", "refit.rate=0.01"],
+    "model-alone": ["refit.model_steps=64"],
     "32-samples": ["calibration.nsamples=32"],
     "64-samples": ["calibration.nsamples=64"],
 }

@@ -1,0 +1,11 @@
+"""Tune what is not a code by gradients, opt-in: levels, norms and biases.
+
+`refit_block` reconstructs one block after the other while the model is compressed, `refit_model`
+then all blocks together. Codes and masks stay what they are, and so do the bits.
+"""
+
+from subbit.refit.block import JUDGED, Refit, refit_block
+from subbit.refit.model import refit_model
+from subbit.refit.tuned import loose_tensors
+
+__all__ = ["JUDGED", "Refit", "loose_tensors", "refit_block", "refit_model"]

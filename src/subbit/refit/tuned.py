@@ -1,0 +1,175 @@
+"""What of a compressed block may learn once its codes are settled: levels, norms and biases."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable, on_int8_grid
+from subbit.errors import FormatError
+from subbit.model import replace_module
+from subbit.packed.linear import PackedLinear
+
+__all__ = ["Learner", "adam", "loose_tensors"]
+
+
+def loose_tensors(block: nn.Module, linears: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters of a block that refitting may change beside levels: vectors (norms, biases).
+
+    Args:
+        block: a decoder block.
+        linears: names of its packed linears; of these only the bias counts.
+    """
+    packed = {f"{name}." for name in linears}
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.dim() == 1
+        and parameter.is_floating_point()
+        and (name.endswith(".bias") or not any(name.startswith(prefix) for prefix in packed))
+    }
+
+
+def adam(
+    learning: Iterable[nn.Parameter], rate: float, steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam whose step moves a number by its tensor's own size times `rate`, along a cosine to 0."""
+    groups = [{"params": [p], "lr": rate * _size(p)} for p in learning]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+class Learner:
+    """A compressed block while its levels, norms and biases learn in float32.
+
+    From `begin` until `settle` or `restore` the block holds linears that can learn in the place of
+    its `PackedLinear`s.
+
+    Args:
+        block: the compressed block.
+        linears: names of its packed linears.
+    """
+
+    def __init__(self, block: nn.Module, linears: list[str]) -> None:
+        self.block = block
+        self.packed = {name: block.get_submodule(name) for name in linears}
+        loose = loose_tensors(block, linears)
+        self._old = {name: parameter.detach().clone() for name, parameter in loose.items()}
+        self._masters: dict[str, nn.Parameter] = {}
+        self._tuned: dict[str, _Tuned] = {}
+
+    def begin(self) -> list[nn.Parameter]:
+        """Put linears that learn in place; returns all that learns."""
+        self._masters = {
+            name: nn.Parameter(p.to(torch.float32, copy=True)) for name, p in self._old.items()
+        }
+        self._tuned = {name: _Tuned(module) for name, module in self.packed.items()}
+        self._put(self._tuned)
+        return [*self._masters.values(), *(p for m in self._tuned.values() for p in m.learning())]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """The block with the vectors as they are now."""
+        vectors = {k: master.to(self.block.get_parameter(k)) for k, master in self._masters.items()}
+        return torch.func.functional_call(self.block, vectors, args, kwargs)
+
+    def settle(self) -> bool:
+        """Round what was learned as it is stored and put it in place; False if it cannot be."""
+        try:
+            fitted = {name: module.repacked() for name, module in self._tuned.items()}
+        except FormatError:  # levels that have run away
+            self.restore()
+            return False
+        self._put(fitted)
+        self._set({name: master.detach() for name, master in self._masters.items()})
+        return True
+
+    def restore(self) -> None:
+        """Put the block back as it was."""
+        self._put(self.packed)
+        self._set(self._old)
+
+    def _put(self, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            replace_module(self.block, name, module)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.block.get_parameter(name).copy_(value)
+
+
+def _size(parameter: Tensor) -> float:
+    return float(parameter.detach().square().mean().sqrt()) or 1.0
+
+
+class _Tuned(nn.Module):
+    """A packed linear whose level parameters are float32 and learn; its codes stay."""
+
+    def __init__(self, module: PackedLinear) -> None:
+        super().__init__()
+        self.linear = module.compressed()
+        self.bias = module.bias
+        self.tables = nn.ModuleDict()
+        if isinstance(self.linear, CompressedLinear):
+            self.tables["levels"] = _Params(self.linear.levels)
+            if self.linear.salient_levels is not None:
+                self.tables["salient_levels"] = _Params(self.linear.salient_levels)
+
+    def learning(self) -> list[nn.Parameter]:
+        """What of it learns; the bias does so by itself."""
+        return list(self.tables.parameters())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Tuned":
+        super()._apply(fn, recurse)  # the codes go where the parameters go
+        held = {f.name: getattr(self.linear, f.name) for f in fields(self.linear)}
+        moved = {name: fn(value) for name, value in held.items() if isinstance(value, Tensor)}
+        self.linear = replace(self.linear, **moved)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        tables = {name: params.table() for name, params in self.tables.items()}
+        weight = replace(self.linear, **tables).dequantize().to(x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+    def repacked(self) -> PackedLinear:
+        """The linear with its levels rounded as they are stored."""
+        tables = {name: params.stored() for name, params in self.tables.items()}
+        if tables and self.linear.levels.scale is not None:
+            tables = _back_on_grid(self.linear, **tables)
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return PackedLinear.from_compressed(replace(self.linear, **tables), self.bias, dtype)
+
+
+class _Params(nn.Module):
+    """The parameters of a level table as they learn; int8 levels learn as free ones."""
+
+    def __init__(self, table: LevelTable) -> None:
+        super().__init__()
+        self.kind, self.groups = table.kind, table.groups
+        if table.scale is not None:
+            self.kind, self.groups = "free", table.count
+        values = table.params.float() if table.scale is None else table.values()
+        whole = LEVEL_KINDS[self.kind].integers
+        self.register_buffer("fixed", values[..., values.shape[-1] - whole :].clone())
+        self.params = nn.Parameter(values[..., : values.shape[-1] - whole].clone())
+
+    def table(self) -> LevelTable:
+        return LevelTable(self.kind, self.groups, torch.cat((self.params, self.fixed), -1))
+
+    def stored(self) -> LevelTable:
+        table = self.table()
+        return replace(table, params=table.params.detach().half())
+
+
+def _back_on_grid(
+    linear: CompressedLinear, levels: LevelTable, salient_levels: LevelTable | None = None
+) -> dict[str, LevelTable]:
+    """Levels that learned as free ones as int8 levels of the kind they were."""
+    tables = on_int8_grid(levels, salient_levels)
+    like = {"levels": linear.levels, "salient_levels": linear.salient_levels}
+    return {
+        name: replace(table, kind=old.kind, groups=old.groups)
+        for (name, old), table in zip(like.items(), tables)
+        if old is not None and table is not None
+    }
