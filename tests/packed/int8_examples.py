@@ -26,17 +26,17 @@ def b3_linears() -> st.SearchStrategy[CompressedLinear]:
         levels=st.sampled_from(FITTING),
         salient=st.sampled_from([None, ("residual", 1), ("free", 4), ("pairs", 2)]),
     )
-    return _b3_linears(**six) | _b3_linears(**seven)
+    eight = dict(levels=st.just(("free", 8)), salient=st.none(), nm=st.none(), zeros=st.just(False))
+    return _b3_linears(**six) | _b3_linears(**seven) | _b3_linears(**eight)
 
 
-def _b3_linears(**levels: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
-    return st.builds(
-        make_int8,
+def _b3_linears(**given: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
+    defaults = dict(
         rows=st.integers(1, 40),
         cols=st.integers(1, 400),
         nm=st.sampled_from([(1, 8), (4, 8), (6, 8), (8, 8), (2, 4), (3, 5), None]),
         group_size=st.sampled_from([128, 256, 1000]),
         zeros=st.booleans(),
         seed=st.integers(0, 2**32),
-        **levels,
     )
+    return st.builds(make_int8, **defaults | given)

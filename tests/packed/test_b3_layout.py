@@ -58,14 +58,17 @@ def weight_from_bytes(tiles, flags, cols, row, col):
     else:
         code = plane(k - 6) >> 6 | (plane(2) >> k & 1) << 2
     record = tiles[unit + 4 * count * 64 + 12 * (row % 16) :][:12].tolist()
-    table = [0, *record[:6], 0, 0, *record[6:10], 0, 0, 0]
+    table = [128, *record[:6], 128, 128, *record[6:10], 128, 128, 128]
+    if not flags[-1]:
+        table = [record[7], *record[:7]]
     scale = torch.tensor(record[10:], dtype=torch.uint8).view(torch.bfloat16).item()
-    return (table[code | int(flags[col])] - 128) * scale if code else 0.0
+    return (table[code | int(flags[col])] - 128) * scale
 
 
+@pytest.mark.parametrize("kind", [{}, {"levels": ("free", 7)}, {"levels": ("free", 8), "nm": None}])
 @pytest.mark.parametrize("shape", [(16, 128), (19, 200), (5, 330)])
-def test_bytes_mean_what_the_description_says(shape):
-    linear = make_int8(*shape, seed=3)
+def test_bytes_mean_what_the_description_says(shape, kind):
+    linear = make_int8(*shape, seed=3, **({"salient": None} | kind if kind else {}))
     tiles, flags = expand(*pack(linear))
     dense = linear.dequantize()
     rng = torch.Generator().manual_seed(0)
@@ -98,7 +101,7 @@ def test_golden_unit():
     assert tiles.numel() == 960 + 704
     assert tiles[:8].tolist() == GOLDEN_START
     assert hashlib.sha256(tiles.numpy().tobytes()).hexdigest() == GOLDEN
-    assert flags.view(-1, 16)[0].tolist() == [8, 0, 0, 0, 0] * 3 + [8]
+    assert flags[:16].tolist() == [8, 0, 0, 0, 0] * 3 + [8]
 
 
 GOLDEN_START = [81, 153, 34, 107, 76, 194, 14, 80]
@@ -119,7 +122,7 @@ GOLDEN = "88854d70febb7122e751911d66f3bb4340e943b9570b7618bced35e188769a9d"
         "fp16",
         "group of 64",
         "7 beside salient ones",
-        "8 levels",
+        "8 levels beside pruned weights",
         "5 salient levels",
         "group of 200",
     ],
@@ -128,9 +131,10 @@ def test_what_does_not_fit(linear):
     assert not fits(pack(linear)[0])
 
 
-def test_seven_levels_fit_where_no_column_is_salient():
-    linear = make_int8(40, 300, levels=("free", 7), salient=None)
-    assert int(linear.codes.max()) == 7
+@pytest.mark.parametrize(("count", "nm"), [(7, (6, 8)), (8, None)])
+def test_more_levels_fit_where_no_column_is_salient(count, nm):
+    linear = make_int8(40, 300, levels=("free", count), salient=None, nm=nm)
+    assert int(linear.codes.max()) == count
     layout, tensors = pack(linear)
     assert fits(layout)
     tiles, flags = expand(layout, tensors)
@@ -175,7 +179,7 @@ def test_hostile_bytes_are_refused_or_mean_what_the_reference_says(linear, data)
         return
     tiles, flags = expand(layout, tensors)
     assert (tiles.numel(), flags.numel()) == sizes(layout.rows, layout.cols)
-    assert set(flags.tolist()) <= {0, 8}
+    assert set(flags[:-1].tolist()) <= {0, 8} and flags[-1] in (0, 1)
     assert torch.equal(dense_rows(tiles, flags, layout.cols, 0, layout.rows, torch.float32), wanted)
 
 

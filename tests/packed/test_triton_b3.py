@@ -48,10 +48,19 @@ def test_half_precision(dtype, batch):
     assert (y.float() - wanted).norm() <= 1e-2 * wanted.norm()
 
 
-@pytest.mark.parametrize("salient", [None, ("free", 4)])
-@pytest.mark.parametrize("nm", [None, (2, 4)])
-def test_structures(salient, nm):
-    linear = make_int8(24, 256, levels=("free", 6), salient=salient, nm=nm, seed=1)
+@pytest.mark.parametrize(
+    ("count", "salient", "nm"),
+    [
+        (6, None, None),
+        (6, None, (2, 4)),
+        (6, ("free", 4), None),
+        (6, ("free", 4), (2, 4)),
+        (7, None, (6, 8)),
+        (8, None, None),
+    ],
+)
+def test_structures(count, salient, nm):
+    linear = make_int8(24, 256, levels=("free", count), salient=salient, nm=nm, seed=1)
     x = activations(2, 256)
     wanted = x @ linear.dequantize().T
     assert (product(linear, x) - wanted).norm() <= 1e-5 * wanted.norm()
@@ -105,11 +114,12 @@ def ptx(kernel, arguments, constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 weights = ["rows", "cols", "full", "stride"]
-assert ptx(triton_b3.gemv_kernel, ["x", "tiles", "flags", "y", *weights], {"HALF": True})
+constants = {"HALF": True, "SALIENT": True}
+assert ptx(triton_b3.gemv_kernel, ["x", "tiles", "flags", "y", *weights], constants)
 code = ptx(
     triton_b3.gemm_kernel,
     ["x", "tiles", "flags", "y", "batch", *weights, "strips"],
-    {"HALF": True, "DOT": tl.bfloat16, "ROWS": 64, "VECTORS": 32},
+    constants | {"DOT": tl.bfloat16, "ROWS": 64, "VECTORS": 32},
 )
 assert "mma" in code  # tensor cores
 """

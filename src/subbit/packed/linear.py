@@ -145,7 +145,7 @@ class PackedLinear(nn.Module):
         if getattr(layout, "zeros", False):  # only the codes tell how many weights are pruned
             kept = float(self.compressed().kept.float().mean())
         if self.backend == "cpu":
-            return bit_report(layout, int(self.flags.count_nonzero()), kept)
+            return bit_report(layout, int(self.flags[:-1].count_nonzero()), kept)
         salient = self.fields().get("salient")
         columns = 0 if salient is None else int(unpack_bits(salient[None], 1, layout.cols).sum())
         return bit_report(layout, columns, kept)

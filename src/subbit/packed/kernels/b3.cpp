@@ -36,20 +36,30 @@ enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 constexpr int kBlock = 128;   // columns of a tile
 constexpr int kRows = 4;      // rows of a tile
 constexpr int kPlane = 64;    // bytes of one code plane of a tile
-constexpr int kRecord = 12;   // bytes of one level record: 6 + 4 levels + 128, bfloat16 scale
+constexpr int kRecord = 12;   // bytes of one level record: 10 levels + 128, bfloat16 scale
 constexpr int kTiles = 4;     // tiles of a unit: 16 rows x 128 columns
 constexpr int kFull = kTiles * (3 * kPlane + kRows * kRecord);  // bytes of a unit
 constexpr int kHalf = kTiles * (2 * kPlane + kRows * kRecord);  // of one of at most 64 columns
 constexpr int kMaxBatch = 16;
 
+// Which byte of a level record the 16 entries of a row's table are (255: none, so 0), and what is
+// or-ed into them so that no byte is the level 0; without and with levels of salient columns.
+alignas(32) const uint8_t kPlaces[2][32] = {
+    {7, 0, 1, 2, 3, 4, 5, 6, 255, 255, 255, 255, 255, 255, 255, 255,
+     0, 0, 0, 0, 0, 0, 0, 0, 128, 128, 128, 128, 128, 128, 128, 128},
+    {255, 0, 1, 2, 3, 4, 5, 6, 255, 6, 7, 8, 9, 255, 255, 255,
+     128, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 128, 128, 128}};
+
 struct Shape {
     int64_t rows, cols, full, strips, stride;
-    bool half;
+    bool half, salient;     // whether a unit of at most 64 columns follows; whether a column is
+    const uint8_t* places;  // a row of `kPlaces`
     int64_t blocks() const { return full + half; }
     int64_t width() const { return full * kBlock + (half ? kBlock / 2 : 0); }
 };
 
-bool make_shape(int64_t rows, int64_t cols, int64_t bytes, int64_t flag_bytes, Shape* s) {
+bool make_shape(int64_t rows, int64_t cols, int64_t bytes, const uint8_t* flags,
+                int64_t flag_bytes, Shape* s) {
     if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX) return false;
     const int64_t rest = cols % kBlock;
     s->rows = rows, s->cols = cols;
@@ -57,7 +67,11 @@ bool make_shape(int64_t rows, int64_t cols, int64_t bytes, int64_t flag_bytes, S
     s->full = cols / kBlock + (rest > kBlock / 2);
     s->strips = (rows + kTiles * kRows - 1) / (kTiles * kRows);
     s->stride = s->full * kFull + (s->half ? kHalf : 0);
-    return bytes == s->strips * s->stride && flag_bytes == s->width();
+    if (bytes != s->strips * s->stride || flag_bytes != s->width() + 1) return false;
+    s->salient = false;
+    for (int64_t i = 0; i < s->width(); i++) s->salient |= flags[i] != 0;
+    s->places = kPlaces[flags[s->width()] != 0];
+    return true;
 }
 
 // Quantised activations: of each block the vectors one after the other, `kBlock` values of the high
@@ -72,8 +86,7 @@ struct Acts {
 struct Job {
     Shape shape;
     const uint8_t* tiles;
-    const uint8_t* flags;  // (width): 0, or 8 in salient columns
-    bool salient;          // whether any is
+    const uint8_t* flags;  // (width + 1): 0, or 8 in salient columns; which row of `kPlaces`
     Acts acts;
     int batch;
     float* out;  // (batch, rows)
@@ -210,18 +223,17 @@ INLINE void decode_codes(const uint8_t* tile, int r, int k, uint8_t* out) {
     }
 }
 
-INLINE void level_table(const uint8_t* record, int8_t* table) {
-    memset(table, 0, 16);
-    for (int i = 0; i < 7; i++) table[1 + i] = (int8_t)(record[i] - 128);
-    for (int i = 0; i < 4; i++) table[9 + i] = (int8_t)(record[6 + i] - 128);
+INLINE void level_table(const uint8_t* record, const uint8_t* places, int8_t* table) {
+    for (int i = 0; i < 16; i++)
+        table[i] = places[i] == 255 ? 0 : (int8_t)(record[places[i]] - 128);
 }
 
 template <int K>
-INLINE void decode_row(const uint8_t* planes, const uint8_t* record, const uint8_t* flags, int r,
-                       int8_t* out) {
+INLINE void decode_row(const uint8_t* planes, const uint8_t* record, const uint8_t* places,
+                       const uint8_t* flags, int r, int8_t* out) {
     int8_t table[16];
     uint8_t index[16];
-    level_table(record, table);
+    level_table(record, places, table);
     for (int k = 0; k < K; k++) {
         decode_codes(planes, r, k, index);
         for (int j = 0; j < 16; j++) out[16 * k + j] = table[index[j] | flags[16 * k + j]];
@@ -234,7 +246,7 @@ INLINE void portable_block(const Job& j, const uint8_t* unit, int t, int64_t b,
     for (int r = 0; r < kRows; r++) {
         int8_t w[kBlock];
         const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-        decode_row<K>(planes_of<K>(unit, t), record, j.flags + b * kBlock, r, w);
+        decode_row<K>(planes_of<K>(unit, t), record, j.shape.places, j.flags + b * kBlock, r, w);
         const float scale = record_scale(record);
         for (int m = 0; m < j.batch; m++) {
             const int64_t at = b * j.batch + m;
@@ -281,12 +293,9 @@ T512 INLINE __m512i four_times(const void* p) {
 
 // The level tables (level + 128) of a tile's four rows, one in each lane.
 template <int K>
-T512 INLINE __m512i table_512(const uint8_t* unit, int t) {
+T512 INLINE __m512i table_512(const uint8_t* unit, int t, const uint8_t* places) {
     const __m512i spread = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
-    const __m512i entries = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, 6, -1, 6, 7, 8, 9, -1, -1, -1));
-    const __m512i zeros = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, 0, -128, 0, 0, 0, 0, -128, -128, -128));
+    const __m512i entries = four_times(places), zeros = four_times(places + 16);
     const __m512i record = _mm512_permutexvar_epi32(
         spread, _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t)));
     return _mm512_or_si512(_mm512_shuffle_epi8(record, entries), zeros);
@@ -348,7 +357,7 @@ T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, 
     Work512<P, R, G> work;
     __m512i plane[R], code[R], kept[R];
     for (int r = 0; r < R; r++) {
-        work.table[r] = table_512<K>(unit, t + r);
+        work.table[r] = table_512<K>(unit, t + r, j.shape.places);
         for (int g = 0; g < G; g++) {
             work.sum[0][r][g] = _mm512_setzero_si512();
             work.sum[P - 1][r][g] = four_times(j.acts.start + 4 * (at + g));
@@ -434,13 +443,11 @@ T256 INLINE __m256i twice(const void* p) {
 
 // Two rows of a tile (half 0 or 1): their level tables, one in each lane, and their scales.
 template <int K>
-T256 INLINE void records_256(const uint8_t* unit, int t, int half, __m256i* table, __m256* scale) {
+T256 INLINE void records_256(const uint8_t* unit, int t, int half, const uint8_t* places,
+                             __m256i* table, __m256* scale) {
     const __m256i spread = _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5);
     const __m256i six = _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0);
-    const __m256i entries = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, 6, -1, 6, 7, 8, 9, -1, -1, -1));
-    const __m256i zeros = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, 0, -128, 0, 0, 0, 0, -128, -128, -128));
+    const __m256i entries = twice(places), zeros = twice(places + 16);
     const uint8_t* records = records_of<K>(unit, t) + 2 * kRecord * half;
     const __m256i record =
         _mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int*)records, six), spread);
@@ -498,7 +505,7 @@ T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, i
         A[r] = _mm256_loadu_si256((const __m256i*)codes);
         B[r] = _mm256_loadu_si256((const __m256i*)(codes + kPlane));
         C[r] = K == 8 ? _mm256_loadu_si256((const __m256i*)(codes + 2 * kPlane)) : A[r];
-        records_256<K>(unit, i / 2, i % 2 + r, table + r, scale + r);
+        records_256<K>(unit, i / 2, i % 2 + r, j.shape.places, table + r, scale + r);
         for (int g = 0; g < G; g++) {
             sum[0][g][r] = _mm256_setzero_si256();
             sum[planes - 1][g][r] = twice(j.acts.start + 4 * (at + g));
@@ -577,21 +584,17 @@ INLINE int32x4_t dot_armv82(int32x4_t sum, int8x16_t w, int8x16_t x) {
 template <bool DOT, int P, int K, int G>
 INLINE void row_neon(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
                      float32x4_t* sums) {
-    static const uint8_t entries[16] = {255, 0, 1, 2, 3, 4, 5,   6,
-                                        255, 6, 7, 8, 9, 255, 255, 255};
-    static const uint8_t zeros[16] = {128, 0, 0, 0, 0, 0, 0,   0,
-                                      128, 0, 0, 0, 0, 128, 128, 128};
     stay();
     const int t = i / kRows, r = i % kRows;
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * P * kBlock;
-    const uint8_t* flags = j.flags + b * kBlock;
+    const uint8_t *flags = j.flags + b * kBlock, *places = j.shape.places;
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
     const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
     uint8_t own[16] = {0};
     memcpy(own, record, kRecord);
     const uint8x16_t table = veorq_u8(
-        vorrq_u8(vqtbl1q_u8(vld1q_u8(own), vld1q_u8(entries)), vld1q_u8(zeros)), vdupq_n_u8(128));
+        vorrq_u8(vqtbl1q_u8(vld1q_u8(own), vld1q_u8(places)), vld1q_u8(places + 16)), vdupq_n_u8(128));
     const uint8x16_t A = vld1q_u8(planes), B = vld1q_u8(planes + kPlane);
     const uint8x16_t C = K == 8 ? vld1q_u8(planes + 2 * kPlane) : A;
     const uint8x16_t seven = vdupq_n_u8(7), four = vdupq_n_u8(4);
@@ -680,7 +683,7 @@ Strip strip_of(int isa, [[maybe_unused]] bool salient) {
 
 template <int P>
 void multiply(const Job& j, int isa, int threads) {
-    const Strip strip = strip_of<P>(isa, j.salient);
+    const Strip strip = strip_of<P>(isa, j.shape.salient);
     const int64_t strips = j.shape.strips;
     // below about 50 kB a second thread costs more than it saves
     const int64_t worth = strips * j.shape.stride * j.batch / 50000;
@@ -728,12 +731,13 @@ INLINE void store_value(uint16_t* out, float value) { *out = to_bfloat16(value);
 
 // n columns of row r of tile t, in one block; fewer than 16 K at the end of the matrix.
 template <int K, class T>
-INLINE void dense_row(const uint8_t* unit, const uint8_t* flags, int t, int r, int n, T* out) {
+INLINE void dense_row(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
+                      int r, int n, T* out) {
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
     const float scale = record_scale(record);
     int8_t levels[16];
     T values[16];
-    level_table(record, levels);
+    level_table(record, places, levels);
     for (int i = 0; i < 16; i++) store_value(values + i, (float)levels[i] * scale);
     uint8_t index[16];
     for (int k = 0; 16 * k < n; k++) {
@@ -763,10 +767,9 @@ T256 INLINE void row_index_256(const uint8_t* planes, const uint8_t* flags, __m2
 }
 
 // The int8 level table of one row.
-T256 INLINE __m128i row_levels(const uint8_t* record) {
-    const __m128i entries = _mm_setr_epi8(-1, 0, 1, 2, 3, 4, 5, 6, -1, 6, 7, 8, 9, -1, -1, -1);
-    const __m128i zeros =
-        _mm_setr_epi8(-128, 0, 0, 0, 0, 0, 0, 0, -128, 0, 0, 0, 0, -128, -128, -128);
+T256 INLINE __m128i row_levels(const uint8_t* record, const uint8_t* places) {
+    const __m128i entries = _mm_load_si128((const __m128i*)places);
+    const __m128i zeros = _mm_load_si128((const __m128i*)(places + 16));
     const __m128i bytes = _mm_maskload_epi32((const int*)record, _mm_setr_epi32(-1, -1, -1, 0));
     return _mm_xor_si128(_mm_or_si128(_mm_shuffle_epi8(bytes, entries), zeros),
                          _mm_set1_epi8(-128));
@@ -863,9 +866,10 @@ struct Row512<uint16_t> {
 };
 
 template <class Row, int K, class T>
-T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
+T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
+                               int r, T* out) {
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    const Row row(row_levels(record), record_scale(record));
+    const Row row(row_levels(record, places), record_scale(record));
     __m256i index[4];
     row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
     for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
@@ -873,9 +877,10 @@ T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* flags, int t,
 
 // The same with the other target; `Row`'s functions are only inlined into their own.
 template <class Row, int K, class T>
-T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* flags, int t, int r, T* out) {
+T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
+                               int r, T* out) {
     const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    const Row row(row_levels(record), record_scale(record));
+    const Row row(row_levels(record, places), record_scale(record));
     __m256i index[4];
     row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
     for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
@@ -885,12 +890,12 @@ T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* flags, int t,
 #define DENSE_ROW(fast, Row)                                                                   \
     for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {       \
         const int64_t left = s.cols - b * kBlock;                                               \
-        if (left >= kBlock) fast<Row<T>, 8>(unit, flags, t, r, out);                            \
-        else dense_row<8>(unit, flags, t, r, (int)left, out);                                   \
+        if (left >= kBlock) fast<Row<T>, 8>(unit, s.places, flags, t, r, out);                  \
+        else dense_row<8>(unit, s.places, flags, t, r, (int)left, out);                         \
     }                                                                                           \
     const int64_t left = s.cols - s.full * kBlock;                                              \
-    if (s.half && left == kBlock / 2) fast<Row<T>, 4>(unit, flags, t, r, out);                  \
-    else if (s.half) dense_row<4>(unit, flags, t, r, (int)left, out)
+    if (s.half && left == kBlock / 2) fast<Row<T>, 4>(unit, s.places, flags, t, r, out);        \
+    else if (s.half) dense_row<4>(unit, s.places, flags, t, r, (int)left, out)
 
 template <class T>
 T256 void dense_256(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
@@ -911,9 +916,10 @@ INLINE void dense_any(const Shape& s, const uint8_t* unit, const uint8_t* flags,
                       T* out) {
     for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {
         const int64_t left = s.cols - b * kBlock;
-        dense_row<8>(unit, flags, t, r, left < kBlock ? (int)left : kBlock, out);
+        dense_row<8>(unit, s.places, flags, t, r, left < kBlock ? (int)left : kBlock, out);
     }
-    if (s.half) dense_row<4>(unit, flags, t, r, (int)(s.cols - s.full * kBlock), out);
+    if (s.half)
+        dense_row<4>(unit, s.places, flags, t, r, (int)(s.cols - s.full * kBlock), out);
 }
 
 template <class T>
@@ -1041,11 +1047,10 @@ EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8
                             int64_t rows, int64_t cols, void* out, int planes, int isa,
                             int threads) {
     Job job;
-    if (!make_shape(rows, cols, tile_bytes, flag_bytes, &job.shape)) return 1;
+    if (!make_shape(rows, cols, tile_bytes, flags, flag_bytes, &job.shape)) return 1;
     if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
-    job.tiles = tiles, job.flags = flags, job.salient = false;
-    for (int64_t i = 0; i < flag_bytes; i++) job.salient |= flags[i] != 0;
+    job.tiles = tiles, job.flags = flags;
     const int64_t most = batch < kMaxBatch ? batch : kMaxBatch, blocks = job.shape.blocks() * most;
     const int64_t plane_bytes = blocks * values_of(isa == AVX2, planes);
     const int64_t out_bytes = dtype == BFLOAT16 ? most * rows * 4 : 0;
@@ -1074,7 +1079,7 @@ EXPORT int subbit_b3_dense(const uint8_t* tiles, int64_t tile_bytes, const uint8
                            int64_t flag_bytes, int64_t rows, int64_t cols, int64_t row0,
                            int64_t row1, void* out, int dtype, int isa, int threads) {
     Shape shape;
-    if (!make_shape(rows, cols, tile_bytes, flag_bytes, &shape)) return 1;
+    if (!make_shape(rows, cols, tile_bytes, flags, flag_bytes, &shape)) return 1;
     if (row0 < 0 || row0 > row1 || row1 > rows || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
     if (dtype == BFLOAT16)

@@ -1,7 +1,8 @@
 """The resident layout B3: what a packed linear is expanded to when it is loaded.
 
-A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level (1..7 where
-no column is salient), in a salient column 1..4 = salient level. A tile's codes are three planes A,
+A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level, in a salient
+column 1..4 = salient level. A linear without salient levels has one more, 1..7, and, where nothing
+is pruned, an eighth with code 0. A tile's codes are three planes A,
 B, C of 64 bytes; byte `16 r + j` belongs to row r and columns `16 k + j`, k = 0..7:
 
 - A: k=0 in bits 0-2, k=1 in bits 3-5, low two bits of k=6 in bits 6-7;
@@ -9,15 +10,16 @@ B, C of 64 bytes; byte `16 r + j` belongs to row r and columns `16 k + j`, k = 0
 - C: k=4 in bits 0-2, k=5 in bits 3-5, bit 2 of k=6 in bit 6, bit 2 of k=7 in bit 7.
 
 A row's level record is 12 bytes: 6 ordinary and 4 salient levels, each int8 + 128 (absent levels
-128), then the scale, bfloat16, little-endian. A seventh ordinary level has the place of the first
-salient one.
+128), then the scale, bfloat16, little-endian. A seventh and an eighth ordinary level have the
+places of the first two salient ones.
 
 A unit is 16 rows x 128 columns, 960 bytes: the planes of its four tiles (A, B, C of the first...),
 then its 16 records: whole cache lines, read from front to back. Units follow each other along the
 columns, then down the rows. Rows and columns that do not exist have code 0; such rows have scale 0.
 If at most 64 columns are left for the last unit of 16 rows, its tiles have no plane C and no k > 3:
-704 bytes. `flags`, one byte a column shared by all rows, is 8 in salient columns, else 0:
-code | flag is the place of a weight's level in `0, l1..l6, l7 or s1, 0, s1..s4, 0, 0, 0`.
+704 bytes. `flags`, one byte a column shared by all rows, is 8 in salient columns, else 0, and one
+byte more says whether there are salient levels. If so, code | flag is the place of a weight's level
+in `0, l1..l6, s1, 0, s1..s4, 0, 0, 0`; if not, code is its place in `l8, l1..l7`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,7 +43,7 @@ _TILES = 4
 _PLANE = 64
 _ORDINARY, _SALIENT = 6, 4
 _ALONE = 7
-"""Ordinary levels at most where no column is salient."""
+"""Ordinary levels at most without salient ones, and one more where nothing is pruned."""
 _RECORD = _ORDINARY + _SALIENT + 2
 _RECORDS = UNIT_ROWS * _RECORD
 _FULL = 3 * _TILES * _PLANE + _RECORDS
@@ -57,10 +59,11 @@ def fits(layout: AnyLayout) -> bool:
     if not isinstance(layout, Layout) or layout.column_scale or layout.kept_columns is not None:
         return False
     counts = layout.level_counts()
+    alone = _ALONE + (layout.nm is None and not layout.zeros)
     return (
         layout.int8
         and layout.salient_elements is None
-        and counts[0] <= (_ALONE if layout.salient is None else _ORDINARY)
+        and counts[0] <= (alone if layout.salient is None else _ORDINARY)
         and (layout.salient is None or counts[-1] <= _SALIENT)
         and (layout.groups == 1 or layout.group_size % BLOCK == 0)
     )
@@ -82,7 +85,7 @@ def _stride(cols: int) -> int:
 def sizes(rows: int, cols: int) -> tuple[int, int]:
     """Bytes of `tiles` and of `flags` of a linear `(rows, cols)`."""
     full, half = _blocks(cols)
-    return -(-rows // UNIT_ROWS) * _stride(cols), full * BLOCK + half * BLOCK // 2
+    return -(-rows // UNIT_ROWS) * _stride(cols), full * BLOCK + half * BLOCK // 2 + 1
 
 
 def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
@@ -105,6 +108,7 @@ def expand(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     count, width = sizes(layout.rows, layout.cols)
     tiles = torch.empty(count, dtype=torch.uint8, device=device)
     flags = torch.zeros(width, dtype=torch.uint8, device=device)
+    flags[-1] = layout.salient is not None
     stride = _stride(layout.cols)
     for start, stop in _chunks(layout.rows, layout.cols):
         part = unpack(*slice_rows(layout, tensors, start, stop))
@@ -136,7 +140,10 @@ def dense_rows(
     codes, levels, scale = _rows_of(tiles, cols, start, stop)
     table = levels.new_zeros(*levels.shape[:2], 16)
     table[..., 1 : 1 + _ALONE] = levels[..., :_ALONE]
-    table[..., 9 : 9 + _SALIENT] = levels[..., _ORDINARY:]
+    if flags[-1]:
+        table[..., 9 : 9 + _SALIENT] = levels[..., _ORDINARY:]
+    else:
+        table[..., 0] = levels[..., _ALONE]
     values = (table.float() * scale.float().unsqueeze(-1)).to(dtype)
     width = values.shape[1] * BLOCK
     index = torch.nn.functional.pad(codes | flags[: codes.shape[1]], (0, width - codes.shape[1]))
@@ -169,7 +176,8 @@ def _units(part: CompressedLinear) -> Tensor:
     full, half = _blocks(cols)
     down, across = -(-rows // UNIT_ROWS), full + half
     missing = down * UNIT_ROWS - rows
-    codes = torch.nn.functional.pad(part.codes, (0, across * BLOCK - cols, 0, missing))
+    codes = part.codes & 7  # an eighth level has code 0
+    codes = torch.nn.functional.pad(codes, (0, across * BLOCK - cols, 0, missing))
     # (unit row, tile, row, unit column, k, j) -> k, (unit row, unit column, tile, 16 row + j)
     k = codes.view(down, _TILES, 4, across, 8, 16).permute(4, 0, 3, 1, 2, 5)
     k = k.reshape(8, down, across, _TILES, _PLANE)
@@ -248,6 +256,8 @@ def _compressed(
         salient = flags[: layout.cols] != 0
         own = levels[..., _ORDINARY : _ORDINARY + counts[1]].contiguous()
         salient_levels = LevelTable(*layout.salient, own, scale)
+    if salient is None and counts[0] > _ALONE:
+        codes = codes.masked_fill(codes == 0, counts[0])
     table = LevelTable(*layout.levels, levels[..., : counts[0]].contiguous(), scale)
     return CompressedLinear(
         codes.contiguous(), table, layout.group_size, layout.nm, salient, salient_levels

@@ -25,25 +25,33 @@ _GEMM_ROWS = 64
 
 
 @triton.jit
-def _weights(unit, flags, rows, cols, TILE: tl.constexpr):
+def _weights(unit, flags, rows, cols, TILE: tl.constexpr, SALIENT: tl.constexpr):
     """Decode weights: `rows` (R, 1) within a unit, `cols` (1, C) of its block; TILE = bytes of a
-    tile's codes, 192 or 128; `unit` (R, 1) or scalar and `flags` point at unit and block."""
+    tile's codes, 192 or 128; `unit` (R, 1) or scalar and `flags` point at unit and block; SALIENT:
+    whether there are salient levels."""
     k, j = cols // 16, cols % 16
     tile = unit + rows // 4 * TILE + rows % 4 * 16 + j
     first = tl.load(tile + tl.where(k < 6, k // 2, k - 6) * 64).to(tl.int32)
     third = tl.load(tile + 128, mask=(k >= 6) & (rows >= 0), other=0).to(tl.int32)
     code = tl.where(k < 6, first >> (k % 2 * 3) & 7, first >> 6 | (third >> (k - 2) & 4))
-    salient = tl.load(flags + cols).to(tl.int32) != 0
     record = unit + 4 * TILE + rows * 12
-    some = (code > 0) & (code <= tl.where(salient, 4, 6))
-    level = tl.load(record + tl.where(salient, 5, -1) + code, mask=some, other=128).to(tl.int32)
+    if SALIENT:
+        salient = tl.load(flags + cols).to(tl.int32) != 0
+        place = tl.where(salient, 5, -1) + code
+        some = (code > 0) & (code <= tl.where(salient, 4, 7))
+    else:
+        place = tl.where(code > 0, code - 1, 7)
+        some = code >= 0
+    level = tl.load(record + place, mask=some, other=128).to(tl.int32)
     low, high = tl.load(record + 10).to(tl.int32), tl.load(record + 11).to(tl.int32)
     scale = (low << 16 | high << 24).to(tl.float32, bitcast=True)
     return (level - 128).to(tl.float32) * scale
 
 
 @triton.jit
-def gemv_kernel(x, tiles, flags, y, rows, cols, full, stride, HALF: tl.constexpr):
+def gemv_kernel(
+    x, tiles, flags, y, rows, cols, full, stride, HALF: tl.constexpr, SALIENT: tl.constexpr
+):
     """A program multiplies 16 rows with one vector: grid (strips, batch)."""
     strip, vector = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None]
@@ -52,12 +60,12 @@ def gemv_kernel(x, tiles, flags, y, rows, cols, full, stride, HALF: tl.constexpr
     x += vector.to(tl.int64) * cols
     sums = tl.zeros((16,), tl.float32)
     for block in range(full):
-        w = _weights(unit + block * _FULL, flags + block * 128, row, col, 192)
+        w = _weights(unit + block * _FULL, flags + block * 128, row, col, 192, SALIENT)
         at = block * 128 + col
         sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
     if HALF:
         col = tl.arange(0, 64)[None, :]
-        w = _weights(unit + full * _FULL, flags + full * 128, row, col, 128)
+        w = _weights(unit + full * _FULL, flags + full * 128, row, col, 128, SALIENT)
         at = full * 128 + col
         sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
     out = strip * 16 + tl.arange(0, 16)
@@ -67,7 +75,8 @@ def gemv_kernel(x, tiles, flags, y, rows, cols, full, stride, HALF: tl.constexpr
 @triton.jit
 def gemm_kernel(
     x, tiles, flags, y, batch, rows, cols, full, stride, strips,
-    HALF: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
+    HALF: tl.constexpr, SALIENT: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies ROWS rows with VECTORS vectors: grid (row tiles, vector tiles)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -78,13 +87,15 @@ def gemm_kernel(
     sums = tl.zeros((ROWS, VECTORS), tl.float32)
     col = tl.arange(0, 128)
     for block in range(full):
-        w = _weights(unit + block * _FULL, flags + block * 128, row % 16, col[None, :], 192)
+        w = _weights(
+            unit + block * _FULL, flags + block * 128, row % 16, col[None, :], 192, SALIENT
+        )
         at = block * 128 + col[:, None]
         values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
         sums = tl.dot(w.to(DOT), values.to(DOT), sums, input_precision="ieee")
     if HALF:
         col = tl.arange(0, 64)
-        w = _weights(unit + full * _FULL, flags + full * 128, row % 16, col[None, :], 128)
+        w = _weights(unit + full * _FULL, flags + full * 128, row % 16, col[None, :], 128, SALIENT)
         at = full * 128 + col[:, None]
         values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
         sums = tl.dot(w.to(DOT), values.to(DOT), sums, input_precision="ieee")
@@ -121,12 +132,19 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
     if batch == 0:
         return y
     weights = rows, cols, full, tiles.numel() // strips
+    salient = bool(flags[-1])
     if batch == 1:
-        gemv_kernel[(strips, 1)](x, tiles, flags, y, *weights, HALF=half)
+        gemv_kernel[(strips, 1)](x, tiles, flags, y, *weights, HALF=half, SALIENT=salient)
         return y
     dots = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     dot = dots.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
     grid = triton.cdiv(rows, _GEMM_ROWS), triton.cdiv(batch, _VECTORS)
-    constants = {"HALF": half, "DOT": dot, "ROWS": _GEMM_ROWS, "VECTORS": _VECTORS}
+    constants = {
+        "HALF": half,
+        "SALIENT": salient,
+        "DOT": dot,
+        "ROWS": _GEMM_ROWS,
+        "VECTORS": _VECTORS,
+    }
     gemm_kernel[grid](x, tiles, flags, y, batch, *weights, strips, **constants)
     return y
