@@ -48,7 +48,8 @@ def set_backend(model: nn.Module, backend: str = "auto", planes: int = 2) -> dic
     if backend == "cpu" and not any(_can(module) for module in modules.values()):
         raise RecipeError(
             "no linear of this model suits the CPU kernel: compress it with levels: int8, at most "
-            "8 levels (7 if pruned, 6 beside 4 salient ones) and a blocksize of 128, and load it on the CPU"
+            "8 levels (7 if pruned, 6 beside 4 salient ones) and a blocksize of 128, and load it "
+            "on the CPU"
         )
     counts = {"reference": 0, "cpu": 0}
     for name, module in modules.items():

@@ -1,9 +1,9 @@
 """The resident layout B3: what a packed linear is expanded to when it is loaded.
 
-A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level, in a salient
-column 1..4 = salient level. A linear without salient levels has one more, 1..7, and, where nothing
-is pruned, an eighth with code 0. A tile's codes are three planes A,
-B, C of 64 bytes; byte `16 r + j` belongs to row r and columns `16 k + j`, k = 0..7:
+A tile is 4 rows x 128 columns. A code has three bits: 0 = pruned, 1..6 = ordinary level, in a
+salient column 1..4 = salient level. A linear without salient levels has one more, 1..7, and, where
+nothing is pruned, an eighth with code 0. A tile's codes are three planes A, B, C of 64 bytes; byte
+`16 r + j` belongs to row r and columns `16 k + j`, k = 0..7:
 
 - A: k=0 in bits 0-2, k=1 in bits 3-5, low two bits of k=6 in bits 6-7;
 - B: k=2, k=3, low two bits of k=7 likewise;
