@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["calibration"] = {"linalg", "model", "recipe", "errors"}
 ROOMS["coarse"] = {"linalg", "methods", "model", "prune", "recipe", "errors"}
 ROOMS["refit"] = {"model", "packed", "codes", "recipe", "errors"}
+ROOMS["committed"] = {"model", "packed", "refit"}
 ROOMS["compression"] = set(ROOMS) - {"evaluate"}
 ROOMS["study"] = set(ROOMS)
 EVERYTHING = {"__init__", "cli", "demo"}  # these may import any room, but only inside functions

@@ -7,6 +7,7 @@ import torch
 
 from subbit.hub.quantizer import packed_modules
 from subbit.model import Blocks, ModelEnd, find_blocks, first_inputs, record_calls, run_block
+from subbit.recipe import RefitSpec
 from subbit.refit import loose_tensors
 from subbit.refit.model import _Job
 from subbit.refit.tuned import Learner
@@ -164,7 +165,7 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
     target = hidden.clone()
     for block, call in zip(find_blocks(original).modules, calls):
         target = run_block(block, target, call)
-    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, None)
+    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, RefitSpec(), None)
     learning = [p for learner in learners for p in learner.begin()]
     job._differentiate(0)
     ours = [p.grad.clone() for p in learning]
@@ -180,7 +181,7 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
         assert torch.allclose(mine, whole, rtol=1e-3, atol=1e-5 * whole.abs().max())
 
 
-@pytest.mark.parametrize("fails", ["refit_model", "_commit_of"])
+@pytest.mark.parametrize("fails", ["refit_model", "commit_of"])
 def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
     fails, text, tmp_path, monkeypatch
 ):

@@ -21,6 +21,7 @@ import subbit
 from subbit.binarize import descent
 from subbit.calibration import Calibrator, Statistics
 from subbit.coarse import CoarseStage, Kept
+from subbit.committed import commit_of, restore_block
 from subbit.errors import RecipeError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.save import save_packed
@@ -43,9 +44,8 @@ from subbit.model import (
 )
 from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear, dense_cache
-from subbit.packed.pack import read_layout
 from subbit.recipe import Recipe, load_recipe
-from subbit.refit import JUDGED, Refit, loose_tensors, refit_block, refit_model
+from subbit.refit import JUDGED, Refit, refit_block, refit_model
 from subbit.run.commits import Workdir, check_output
 from subbit.run.log import LinearLog
 from subbit.run.memory import peak_rss_bytes
@@ -414,7 +414,7 @@ class _Job:
         if self.workdir is not None:
             with self._stage("commit"):
                 loose = self.recipe.refit.steps > 0
-                self.workdir.commit(i, *_commit_of(block, linears, lines, loose))
+                self.workdir.commit(i, *commit_of(block, linears, lines, loose))
 
     def _next_round(self, rounds: Iterator[Statistics]) -> Statistics | None:
         with self._stage("capture"):
@@ -495,26 +495,14 @@ class _Job:
         count = len(self.blocks.modules)
         for i in range(self.workdir.committed - count, count):
             lines = self.workdir.load(i)[1]["log"]
-            commit = _commit_of(self.blocks.modules[i], self.linears[i], lines, True)
+            commit = commit_of(self.blocks.modules[i], self.linears[i], lines, True)
             self.workdir.commit(count + i, *commit)
 
     def _restore(self, i: int) -> None:
         """Put a committed block in place, as it was when it was committed."""
         again = len(self.blocks.modules) if self._is_refitted else 0
         tensors, meta = self.workdir.load(again + i)
-        block = self.blocks.modules[i]
-        for name, linear in self.linears[i].items():
-            layout = read_layout(meta["layouts"][name])
-            packed = PackedLinear(layout, linear.bias is not None, self.model.dtype, device="meta")
-            state = {field: tensors[f"{name}.{field}"] for field in layout.fields()}
-            if linear.bias is not None:
-                state["bias"] = linear.bias.detach()
-            packed.load_state_dict(state, assign=True)
-            packed.requires_grad_(False)
-            replace_module(block, name, packed)
-        for name, parameter in loose_tensors(block, list(self.linears[i])).items():
-            if f"{_LOOSE}{name}" in tensors:
-                parameter.data.copy_(tensors[f"{_LOOSE}{name}"])
+        restore_block(self.blocks.modules[i], self.linears[i], tensors, meta, self.model.dtype)
         for line in meta["log"]:
             if "refit" in line:
                 continue
@@ -558,22 +546,4 @@ def _refit_facts(done: Refit, begun: float) -> dict[str, Any]:
 
 
 _REFIT_STEPS = 3  # a step of refitting takes about three times as long as running a window
-_LOOSE = "loose."  # names of the vectors in a commit that refitting has changed
 _VARYING = ("block", "name", "seconds", "peak_rss_bytes")  # of a log line: not part of a record
-
-
-def _commit_of(
-    block: nn.Module, linears: dict[str, nn.Module], lines: list[dict[str, Any]], loose: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts from which `_restore` can rebuild a block."""
-    packed = {name: block.get_submodule(name) for name in linears}
-    tensors = {
-        f"{name}.{field}": tensor
-        for name, module in packed.items()
-        for field, tensor in module.fields().items()
-    }
-    if loose:
-        vectors = loose_tensors(block, list(linears))
-        tensors |= {f"{_LOOSE}{name}": vector.detach() for name, vector in vectors.items()}
-    layouts = {name: module.layout.to_dict() for name, module in packed.items()}
-    return tensors, {"layouts": layouts, "log": lines}

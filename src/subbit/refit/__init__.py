@@ -4,8 +4,8 @@
 then all blocks together. Codes and masks stay what they are, and so do the bits.
 """
 
-from subbit.refit.block import JUDGED, Refit, refit_block
+from subbit.refit.block import refit_block
 from subbit.refit.model import refit_model
-from subbit.refit.tuned import loose_tensors
+from subbit.refit.tuned import JUDGED, Refit, loose_tensors
 
 __all__ = ["JUDGED", "Refit", "loose_tensors", "refit_block", "refit_model"]

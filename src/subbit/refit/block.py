@@ -5,7 +5,6 @@ distance between what the compressed block puts out and what the original one di
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +13,11 @@ from subbit.model import BlockCall
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
-from subbit.refit.tuned import Learner, adam
+from subbit.refit.tuned import JUDGED, Learner, Refit, adam, tune
 
-__all__ = ["JUDGED", "Refit", "refit_block"]
+__all__ = ["refit_block"]
 
 Advance = Callable[[int], None] | None
-
-JUDGED = 8  # windows by which the outcome is judged
-
-
-@dataclass(frozen=True)
-class Refit:
-    """What tuning did.
-
-    Attributes:
-        before, after: error over the first windows. Of a block: relative to the size of every
-            token's hidden states; of a model: KL divergence from the original model's next-token
-            distribution, in nats. The tuned values are taken where they lower it.
-        steps: steps of Adam.
-    """
-
-    before: float
-    after: float
-    steps: int
 
 
 def refit_block(
@@ -65,19 +46,8 @@ def refit_block(
         advance: called with 1 after every step.
     """
     with placed(block, device) as place:
-        learner = Learner(block, linears)
-        job = _Job(learner, hidden, target, call.to(place), place)
-        before = job.error()
-        try:
-            job.descend(spec, advance)
-        except BaseException:
-            learner.restore()
-            raise
-        after = job.error() if learner.settle() else before
-        if not after < before:  # also where it is NaN
-            learner.restore()
-            after = before
-    return Refit(before, after, spec.steps)
+        job = _Job(Learner(block, linears), hidden, target, call.to(place), place, spec, advance)
+        return tune(job)
 
 
 class _Job:
@@ -90,9 +60,13 @@ class _Job:
         target: Tensor,
         call: BlockCall,
         place: torch.device,
+        spec: RefitSpec,
+        advance: Advance,
     ) -> None:
         self.learner, self.hidden, self.target = learner, hidden, target
         self.call, self.place = call, place
+        self.steps, self.rate, self.advance = spec.steps, spec.rate, advance
+        self.settle, self.restore = learner.settle, learner.restore
 
     @torch.no_grad()
     def error(self) -> float:
@@ -102,17 +76,17 @@ class _Job:
         with dense_cache(block):
             return sum(float(self._distance(n, block)) for n in range(count)) / count
 
-    def descend(self, spec: RefitSpec, advance: Advance) -> None:
+    def descend(self) -> None:
         """Adam with a cosine schedule, a window a step."""
-        optimizer, schedule = adam(self.learner.begin(), spec.rate, spec.steps)
+        optimizer, schedule = adam(self.learner.begin(), self.rate, self.steps)
         with torch.enable_grad():
-            for step in range(spec.steps):
+            for step in range(self.steps):
                 optimizer.zero_grad()
                 self._distance(step % len(self.hidden), self.learner).backward()
                 optimizer.step()
                 schedule.step()
-                if advance:
-                    advance(1)
+                if self.advance:
+                    self.advance(1)
 
     def _distance(self, n: int, block: Callable) -> Tensor:
         """Error of window n: mean over tokens of |out - target|^2 / |target|^2."""

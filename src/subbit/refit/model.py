@@ -15,8 +15,7 @@ from subbit.model import BlockCall, Blocks, ModelEnd
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
-from subbit.refit.block import JUDGED, Refit
-from subbit.refit.tuned import Learner, adam
+from subbit.refit.tuned import JUDGED, Learner, Refit, adam, tune
 
 __all__ = ["refit_model"]
 
@@ -55,19 +54,9 @@ def refit_model(
     """
     learners = [Learner(b, names) for b, names in zip(blocks.modules, linears, strict=True)]
     end = ModelEnd(model, blocks)
-    job = _Job(learners, hidden, target, calls, end, device, advance)
+    job = _Job(learners, hidden, target, calls, end, device, spec, advance)
     with end.on(device):
-        before = job.error()
-        try:
-            job.descend(spec)
-        except BaseException:
-            job.restore()
-            raise
-        after = job.error() if job.settle() else before
-    if not after < before:  # also where it is NaN
-        job.restore()
-        after = before
-    return Refit(before, after, spec.model_steps)
+        return tune(job)
 
 
 class _Job:
@@ -81,10 +70,12 @@ class _Job:
         calls: list[BlockCall],
         end: ModelEnd,
         device: torch.device,
+        spec: RefitSpec,
         advance: Advance,
     ) -> None:
         self.learners, self.hidden, self.target = learners, hidden, target
         self.calls, self.end, self.device = calls, end, device
+        self.steps, self.rate = spec.model_steps, spec.model_rate
         self.advance = advance or (lambda steps: None)
 
     @torch.no_grad()
@@ -102,11 +93,11 @@ class _Job:
         windows = ((n, part) for n in range(count) for part in self._parts())
         return sum(float(self._divergence(hidden[n], n, part)) for n, part in windows) / count
 
-    def descend(self, spec: RefitSpec) -> None:
+    def descend(self) -> None:
         """Adam with a cosine schedule, a window a step."""
         learning = [p for learner in self.learners for p in learner.begin()]
-        optimizer, schedule = adam(learning, spec.model_rate, spec.model_steps)
-        for step in range(spec.model_steps):
+        optimizer, schedule = adam(learning, self.rate, self.steps)
+        for step in range(self.steps):
             optimizer.zero_grad()
             self._differentiate(step % len(self.hidden))
             optimizer.step()

@@ -1,7 +1,8 @@
-"""What of a compressed block may learn once its codes are settled: levels, norms and biases."""
+"""What may learn once codes are settled (levels, norms and biases), and how it is made to."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,58 @@ from subbit.errors import FormatError
 from subbit.model import replace_module
 from subbit.packed.linear import PackedLinear
 
-__all__ = ["Learner", "adam", "loose_tensors"]
+__all__ = ["JUDGED", "Learner", "Refit", "adam", "loose_tensors", "tune"]
+
+JUDGED = 8  # windows by which the outcome is judged
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What tuning did.
+
+    Attributes:
+        before, after: error over the first windows. Of a block: relative to the size of every
+            token's hidden states; of a model: KL divergence from the original model's next-token
+            distribution, in nats. The tuned values are taken where they lower it.
+        steps: steps of Adam.
+    """
+
+    before: float
+    after: float
+    steps: int
+
+
+class Job(Protocol):
+    """A block or a model on which `tune` works."""
+
+    steps: int
+
+    def error(self) -> float:
+        """How far it is from what it should put out, as it stands."""
+
+    def descend(self) -> None:
+        """Learn, `steps` steps."""
+
+    def settle(self) -> bool:
+        """Put what was learned in place as it is stored; False if it cannot be."""
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+
+
+def tune(job: Job) -> Refit:
+    """Let a job learn, and keep what it learned only if its error falls."""
+    before = job.error()
+    try:
+        job.descend()
+    except BaseException:
+        job.restore()
+        raise
+    after = job.error() if job.settle() else before
+    if not after < before:  # also where it is NaN
+        job.restore()
+        after = before
+    return Refit(before, after, job.steps)
 
 
 def loose_tensors(block: nn.Module, linears: list[str]) -> dict[str, nn.Parameter]:
