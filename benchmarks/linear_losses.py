@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", default="c4")
     parser.add_argument("--nsamples", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=4, help="windows after these")
+    parser.add_argument("--held-out", type=int, default=4, help="windows after these, >= 1")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="*")
