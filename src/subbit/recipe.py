@@ -142,8 +142,8 @@ class RefitSpec(_Spec):
 
     Attributes:
         steps: steps of Adam for each block, one calibration window a step; 0 = off.
-        rate: learning rate, as a share of the root mean square of the tensor that learns; it falls
-            to 0 along a cosine.
+        rate: learning rate, as a share of the root mean square of the tensor that learns; it rises
+            over the first tenth of the steps and falls to 0 along a cosine.
         towards: what a block reconstructs: the hidden states of the "original" model, or what the
             original "block" makes of the compressed model's.
         model_steps: steps of Adam for all blocks together, one calibration window a step, towards

@@ -1,5 +1,6 @@
 """What may learn once codes are settled (levels, norms and biases), and how it is made to."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -86,10 +87,19 @@ def loose_tensors(block: nn.Module, linears: list[str]) -> dict[str, nn.Paramete
 def adam(
     learning: Iterable[nn.Parameter], rate: float, steps: int
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam whose step moves a number by its tensor's own size times `rate`, along a cosine to 0."""
+    """Adam whose step moves a number by its tensor's own size times a rate.
+
+    The rate rises to `rate` over the first tenth of the steps, since Adam's first steps are as long
+    as any whatever the gradients, and falls to 0 along a cosine.
+    """
     groups = [{"params": [p], "lr": rate * _size(p)} for p in learning]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    warm = max(1, steps // 10)
+
+    def share(step: int) -> float:
+        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 class Learner:
