@@ -10,7 +10,7 @@ from subbit.model import Blocks, ModelEnd, find_blocks, first_inputs, record_cal
 from subbit.recipe import RefitSpec
 from subbit.refit import loose_tensors
 from subbit.refit.model import _Job
-from subbit.refit.tuned import Learner
+from subbit.refit.tuned import Learner, adam
 from subbit.text import calibration_windows
 from test_compression import SMALL, compress, logits
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
@@ -126,7 +126,7 @@ MODEL = ["refit.steps=0", "refit.model_steps=16", "refit.model_rate=0.004"]
 
 def windows(family, source):
     """The calibration windows of `fitted`."""
-    sizes = dict(item.removeprefix("calibration.").split("=") for item in SMALL if "=" in item)
+    sizes = dict(item.removeprefix("calibration.").split("=") for item in SMALL)
     counts = {key: int(sizes[key]) for key in ("nsamples", "seqlen")}
     return calibration_windows(source, tiny_tokenizer(), tiny_model(family), **counts).tokens
 
@@ -232,6 +232,19 @@ def test_a_refit_of_the_model_that_makes_it_worse_is_taken_back(text):
     (line,) = refit_lines(done)
     assert line["refit"]["after"] == line["refit"]["before"]
     assert torch.equal(logits(done.model), logits(plain.model))
+
+
+def test_the_rate_warms_up_and_falls_to_nothing():
+    parameter = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
+    optimizer, schedule = adam([parameter], 0.1, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1 * 2 / 2)  # the first of two steps of warm-up
+    assert max(rates) == rates[1] == pytest.approx(0.2, rel=0.01)
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.01
 
 
 def test_loose_tensors_are_norms_and_biases():

@@ -31,7 +31,6 @@ class Calibrator:
             block at hand, on the CPU.
         originals: those of the original model; None where nobody compares. Once `rounds` of a
             block has ended they are what the original block puts out.
-        first: hidden states that enter the first block; None where nobody wants them again.
     """
 
     def __init__(
@@ -49,8 +48,7 @@ class Calibrator:
         self.hidden = hidden
         self.refit = recipe.refit if recipe.refit.steps else None
         follows = self.refit is not None and self.refit.towards == "original"
-        self.first = hidden.clone() if recipe.refit.model_steps else None
-        compares = self.asymmetry.strength or follows or self.first is not None
+        compares = self.asymmetry.strength or follows or recipe.refit.model_steps
         self.originals = hidden.clone() if compares else None
 
     def passes(self, linears: dict[str, nn.Module]) -> int:

@@ -464,7 +464,8 @@ class _Job:
         bar.phase("refitting all blocks together")
         if self.workdir is not None and self._is_refitted:
             bar.skip(self._steps_of_model)
-            self.result.log += filter(None, [self.workdir.fetch("refit")])
+            line = self.workdir.fetch("refit")
+            self.result.log += [line] if line else []
             return
         with self._stage("refit model"):
             begun = time.monotonic()
@@ -472,7 +473,7 @@ class _Job:
                 self.model,
                 self.blocks,
                 [list(linears) for linears in self.linears],
-                calibrator.first,
+                first_inputs(self.model, self.blocks, self.tokens),
                 calibrator.originals,
                 calibrator.calls,
                 self.recipe.refit,

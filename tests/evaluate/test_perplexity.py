@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subbit.model import end
 from subbit.errors import NonFiniteError, RecipeError
 from subbit.evaluate import perplexity
 from subbit.text import Windows
@@ -37,7 +38,7 @@ def naive(model, tokens) -> list[float]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", [1, 7, 24])
 def test_equals_the_loss_on_full_logits(family, positions, monkeypatch):
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", positions * 320)
+    monkeypatch.setattr(end, "_LOGITS_AT_ONCE", positions * 320)
     model, text = tiny_model(family), windows()
     expected = naive(model, text.tokens)
     result = perplexity(model, text)
@@ -66,7 +67,7 @@ def test_a_cap_that_bites():
 
 
 def test_logits_are_never_whole(monkeypatch):
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 5 * 320)
+    monkeypatch.setattr(end, "_LOGITS_AT_ONCE", 5 * 320)
     seen = []
     for family in ("llama", "gemma2"):
         model = tiny_model(family)
@@ -136,7 +137,7 @@ def test_windows_that_do_not_fit():
 def test_any_window_and_any_chunk(nsamples, seqlen, positions):
     model, text = tiny_model("llama"), windows(nsamples, seqlen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_LOGITS_AT_ONCE", positions * 320)
+        patch.setattr(end, "_LOGITS_AT_ONCE", positions * 320)
         assert perplexity(model, text).window_nll == pytest.approx(
             naive(model, text.tokens), rel=5e-6
         )

@@ -65,10 +65,17 @@ def weight_from_bytes(tiles, flags, cols, row, col):
     return (table[code | int(flags[col])] - 128) * scale
 
 
-@pytest.mark.parametrize("kind", [{}, {"levels": ("free", 7)}, {"levels": ("free", 8), "nm": None}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"levels": ("free", 7), "salient": None},
+        {"levels": ("free", 8), "salient": None, "nm": None},
+    ],
+)
 @pytest.mark.parametrize("shape", [(16, 128), (19, 200), (5, 330)])
 def test_bytes_mean_what_the_description_says(shape, kind):
-    linear = make_int8(*shape, seed=3, **({"salient": None} | kind if kind else {}))
+    linear = make_int8(*shape, seed=3, **kind)
     tiles, flags = expand(*pack(linear))
     dense = linear.dequantize()
     rng = torch.Generator().manual_seed(0)

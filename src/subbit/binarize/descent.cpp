@@ -310,7 +310,8 @@ EXPORT int subbit_descent_sweep(int64_t rows, int64_t b, int64_t m, const float*
 
 // For every row the sums of S over the pairs of columns whose weights have the entries t and u,
 // A (rows, entries, entries), and of rs over the columns of entry t, c (rows, entries).
-// `entry` is (rows, b), no number below `entries` where a weight has none. Returns 0, or 1 = sizes beyond the limits.
+// `entry` is (rows, b), no number below `entries` where a weight has none. Returns 0, or 1 = sizes
+// beyond the limits.
 EXPORT int subbit_descent_gram(int64_t rows, int64_t b, int entries, const float* S,
                                const uint8_t* entry, const float* rs, float* A, float* c,
                                int threads) {

@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subbit.errors import NonFiniteError
+from subbit.model import positions_at_once
 from subbit.text.sample import evaluating
 from subbit.text.windows import Windows, check_windows
 
 __all__ = ["Perplexity", "perplexity"]
-
-_LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32; a loss needs about three times as much
 
 
 @dataclass(frozen=True)
@@ -147,4 +146,4 @@ def _logits_by_segment(model: PreTrainedModel, window: Tensor) -> Iterator[Tenso
 
 
 def _positions_at_once(model: PreTrainedModel) -> int:
-    return max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    return positions_at_once(model.config.get_text_config().vocab_size)

@@ -8,7 +8,7 @@ from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_modul
 from subbit.model.calls import BlockCall
 from subbit.model.capture import block_similarities, capture_inputs, run_block
 from subbit.model.coverage import check_coverage, is_skipped
-from subbit.model.end import ModelEnd
+from subbit.model.end import ModelEnd, positions_at_once
 from subbit.model.load import LoadedModel, load_model
 from subbit.model.pairs import Look, Wiring, look_at_windows, wiring
 from subbit.model.trace import first_inputs, record_calls
@@ -32,6 +32,7 @@ __all__ = [
     "is_skipped",
     "load_model",
     "look_at_windows",
+    "positions_at_once",
     "record_calls",
     "replace_module",
     "run_block",

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from subbit.model.blocks import Blocks
 from subbit.model.calls import split_call
 
-__all__ = ["ModelEnd"]
+__all__ = ["ModelEnd", "positions_at_once"]
+
+_LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32; a loss needs about three times as much
+
+
+def positions_at_once(vocabulary: int) -> int:
+    """How many positions' logits to have at once, so that they take little memory."""
+    return max(1, _LOGITS_AT_ONCE // vocabulary)
 
 
 class ModelEnd:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from subbit.model import BlockCall, Blocks, ModelEnd
+from subbit.model import BlockCall, Blocks, ModelEnd, positions_at_once
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
@@ -20,8 +20,6 @@ from subbit.refit.tuned import JUDGED, Learner, Refit, adam, tune
 __all__ = ["refit_model"]
 
 Advance = Callable[[int], None] | None
-
-_LOGITS_AT_ONCE = 2**25  # 128 MiB of float32
 
 
 def refit_model(
@@ -148,6 +146,6 @@ class _Job:
 
     def _parts(self) -> Iterator[slice]:
         """The tokens of a window, so many at once that their logits take little memory."""
-        step = max(1, _LOGITS_AT_ONCE // self.end.vocabulary)
+        step = positions_at_once(self.end.vocabulary)
         for start in range(0, self.hidden.shape[1], step):
             yield slice(start, start + step)

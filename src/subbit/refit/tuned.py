@@ -140,7 +140,6 @@ class Learner:
         try:
             fitted = {name: module.repacked() for name, module in self._tuned.items()}
         except FormatError:  # levels that have run away
-            self.restore()
             return False
         self._put(fitted)
         self._set({name: master.detach() for name, master in self._masters.items()})
