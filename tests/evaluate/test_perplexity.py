@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subbit.model import end
 from subbit.errors import NonFiniteError, RecipeError
 from subbit.evaluate import perplexity
+from subbit.model import end
 from subbit.text import Windows
 from tiny_models import tiny_model
 
