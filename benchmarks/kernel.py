@@ -1,4 +1,4 @@
-"""The B3 kernel against memory and against torch: ratios within one run.
+"""The kernels against memory and against torch: ratios within one run.
 
     python benchmarks/kernel.py                       the shapes of LLaMA-7B, one and two threads
     python benchmarks/kernel.py --shape 1024x1024 --pool-mb 64 --rounds 3    a quick look
@@ -57,23 +57,28 @@ def _pools(rows: int, cols: int, nbytes: int, salient: float) -> dict[str, torch
     forms = {
         "float32": dense,
         "bfloat16": dense.bfloat16(),
-        "tiles": _random_tiles(rows, cols, rng),
+        "b3": _random_tiles(rows, cols, 3, rng),
+        "b2": _random_tiles(rows, cols, 2, rng),
     }
     pools = {}
     for name, form in forms.items():
         count = max(2, nbytes // (form.numel() * form.element_size()))
         pools[name] = form.unsqueeze(0).repeat(count, *[1] * form.dim())
-    pools["flags"] = 8 * (torch.rand(sizes(rows, cols)[1], generator=rng) < salient).byte()
+    width = sizes(rows, cols)[1]
+    pools["b3 flags"] = 8 * (torch.rand(width, generator=rng) < salient).byte()
+    pools["b2 flags"] = torch.zeros(width, dtype=torch.uint8)
     return pools
 
 
-def _random_tiles(rows: int, cols: int, rng: torch.Generator) -> torch.Tensor:
+def _random_tiles(rows: int, cols: int, bits: int, rng: torch.Generator) -> torch.Tensor:
     """Random codes and levels, scales of 1: what the bytes are does not change the time."""
     if cols % 128:
         raise SystemExit(f"--shape {rows}x{cols}: columns must be a multiple of 128")
-    tiles = torch.randint(0, 256, (sizes(rows, cols)[0],), generator=rng, dtype=torch.uint8)
-    scale = tiles.view(-1, 960)[:, 768:].view(-1, 16, 12)[..., 10:]
-    scale[..., 0], scale[..., 1] = 0x80, 0x3F
+    count = sizes(rows, cols, bits)[0]
+    tiles = torch.randint(0, 256, (count,), generator=rng, dtype=torch.uint8)
+    codes = 256 * bits  # bytes of a unit before its 16 records, whose last two are the scale
+    records = tiles.view(-1, sizes(16, 128, bits)[0])[:, codes:].unflatten(1, (16, -1))
+    records[..., -2], records[..., -1] = 0x80, 0x3F
     return tiles
 
 
@@ -82,27 +87,32 @@ def _contenders(
 ) -> dict[str, Callable[[], object]]:
     x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(1))
     half = x.bfloat16()
-    turns = dict.fromkeys(("float32", "bfloat16", "tiles"), 0)
+    turns = dict.fromkeys(pools, 0)
 
     def take(pool: str) -> torch.Tensor:
         turns[pool] = (turns[pool] + 1) % len(pools[pool])
         return pools[pool][turns[pool]]
 
-    def ours(x: torch.Tensor, planes: int) -> Callable[[], object]:
-        return lambda: b3_linear(x, take("tiles"), pools["flags"], rows, cols, planes)
+    def ours(pool: str, x: torch.Tensor, planes: int) -> Callable[[], object]:
+        flags = pools[f"{pool} flags"]
+        return lambda: b3_linear(x, take(pool), flags, rows, cols, planes)
 
     def dense(x: torch.Tensor, pool: str) -> Callable[[], object]:
         return lambda: torch.nn.functional.linear(x, take(pool))
 
     found = {
-        "b3 float32": ours(x, 2),
-        "b3 bfloat16": ours(half, 2),
+        "b3 float32": ours("b3", x, 2),
+        "b3 bfloat16": ours("b3", half, 2),
+        "b2 float32": ours("b2", x, 2),
+        "b2 bfloat16": ours("b2", half, 2),
         "torch float32": dense(x, "float32"),
         "torch bfloat16": dense(half, "bfloat16"),
     }
     if batch <= 16:
-        found["b3 a8"] = ours(x, 1)
-        found["ceiling"] = lambda: native.read(take("tiles"))
+        found["b3 a8"] = ours("b3", x, 1)
+        found["b2 a8"] = ours("b2", x, 1)
+        found["b3 ceiling"] = lambda: native.read(take("b3"))
+        found["b2 ceiling"] = lambda: native.read(take("b2"))
     return found
 
 
@@ -133,13 +143,14 @@ def _report(shape: str, threads: int, batch: int, best: dict[str, float], as_jso
     print(f"{shape}, {threads} thread(s), batch {batch}")
     for name, took in best.items():
         ratios = ""
-        if name.startswith("b3"):
+        form, _, what = name.partition(" ")
+        if form in ("b3", "b2") and what != "ceiling":
             ratios = (
                 f"{best['torch float32'] / took:6.2f} x float32 "
                 f"{best['torch bfloat16'] / took:6.2f} x bfloat16"
             )
-            if "ceiling" in best:
-                ratios += f" {100 * best['ceiling'] / took:6.1f} % of ceiling"
+            if f"{form} ceiling" in best:
+                ratios += f" {100 * best[f'{form} ceiling'] / took:6.1f} % of ceiling"
         print(f"  {name:<16} {took:9.3f} ms {ratios}", flush=True)
 
 

@@ -7,7 +7,7 @@ from packed_examples import make_linear
 
 from subbit.codes import CompressedLinear, on_int8_grid
 
-__all__ = ["b3_linears", "make_int8"]
+__all__ = ["b2_linears", "make_int8", "resident_linears"]
 
 FITTING = [("pairs", 3), ("pairs", 1), ("symmetric", 2), ("residual", 1), ("free", 6), ("free", 1)]
 
@@ -19,18 +19,26 @@ def make_int8(rows: int, cols: int, **options) -> CompressedLinear:
     return replace(linear, levels=levels, salient_levels=salient_levels)
 
 
-def b3_linears() -> st.SearchStrategy[CompressedLinear]:
-    """Linears of every shape and structure that the resident layout holds."""
+def resident_linears() -> st.SearchStrategy[CompressedLinear]:
+    """Linears of every shape and structure that the resident layouts hold."""
     seven = dict(levels=st.just(("free", 7)), salient=st.none())
     six = dict(
         levels=st.sampled_from(FITTING),
         salient=st.sampled_from([None, ("residual", 1), ("free", 4), ("pairs", 2)]),
     )
-    eight = dict(levels=st.just(("free", 8)), salient=st.none(), nm=st.none(), zeros=st.just(False))
-    return _b3_linears(**six) | _b3_linears(**seven) | _b3_linears(**eight)
+    unpruned = dict(salient=st.none(), nm=st.none(), zeros=st.just(False))
+    eight = dict(levels=st.just(("free", 8)), **unpruned)
+    return _linears(**six) | _linears(**seven) | _linears(**eight) | b2_linears()
 
 
-def _b3_linears(**given: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
+def b2_linears() -> st.SearchStrategy[CompressedLinear]:
+    """Those whose codes take two bits."""
+    three = dict(levels=st.sampled_from([("free", 3), ("pairs", 1)]), salient=st.none())
+    four = dict(levels=st.just(("free", 4)), salient=st.none(), nm=st.none(), zeros=st.just(False))
+    return _linears(**three) | _linears(**four)
+
+
+def _linears(**given: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
     defaults = dict(
         rows=st.integers(1, 40),
         cols=st.integers(1, 400),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from int8_examples import b3_linears, make_int8
+from int8_examples import make_int8, resident_linears
 
-from subbit.errors import RecipeError
+from subbit.errors import RecipeError, SubbitError
 from subbit.packed import pack
 from subbit.packed.kernels import kernel_name, native
 from subbit.packed.kernels.layout import expand
@@ -28,6 +28,13 @@ def isa(request, monkeypatch):
         pytest.skip(f"this processor has no {request.param}")
 
 
+KINDS = {
+    "three bits": {},
+    "two bits": {"levels": ("free", 4), "salient": None, "nm": None},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
 def resident(linear):
     return expand(*pack(linear))
 
@@ -44,7 +51,7 @@ def tolerance(x, W, planes):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    linear=b3_linears(),
+    linear=resident_linears(),
     batch=st.integers(1, 19),
     planes=st.sampled_from([1, 2]),
     seed=st.integers(0, 9),
@@ -65,9 +72,10 @@ def test_fuzzed_shapes(isa, linear, batch, planes, seed):
 
 @pytest.mark.parametrize(("planes", "bound"), [(2, 1e-4), (1, 1e-2)])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16])
-def test_relative_error(isa, planes, bound, batch):
+@kinds
+def test_relative_error(isa, kind, planes, bound, batch):
     rows, cols = 256, 576
-    linear = make_int8(rows, cols, seed=5)
+    linear = make_int8(rows, cols, seed=5, **kind)
     x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(batch))
     wanted = x.double() @ linear.dequantize().double().T
     y = b3_linear(x, *resident(linear), rows, cols, planes)
@@ -75,19 +83,21 @@ def test_relative_error(isa, planes, bound, batch):
     assert (y - wanted).norm() > 0  # it is the kernel that was tested
 
 
-def test_instruction_sets_agree(isa, monkeypatch):
+@kinds
+def test_instruction_sets_agree(isa, kind, monkeypatch):
     rows, cols = 48, 450
     x = torch.randn(11, cols, generator=torch.Generator().manual_seed(1))
-    weights = resident(make_int8(rows, cols, seed=2))
+    weights = resident(make_int8(rows, cols, seed=2, **kind))
     y = b3_linear(x, *weights, rows, cols, 2)
     monkeypatch.setenv("SUBBIT_ISA", "portable")
     other = b3_linear(x, *weights, rows, cols, 2)
     assert (y - other).norm() <= 1e-6 * other.norm()
 
 
-def test_dense_panels_are_the_reference_bit_for_bit(isa):
+@kinds
+def test_dense_panels_are_the_reference_bit_for_bit(isa, kind):
     for rows, cols in ((33, 320), (16, 64), (5, 77), (1, 1), (20, 600)):
-        linear = make_int8(rows, cols, seed=rows)
+        linear = make_int8(rows, cols, seed=rows, **kind)
         tiles, flags = resident(linear)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             found = decode(tiles, flags, rows, cols, 0, rows, dtype)
@@ -98,7 +108,7 @@ def test_dense_panels_are_the_reference_bit_for_bit(isa):
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(linear=b3_linears(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(linear=resident_linears(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_fuzzed_panels(isa, linear, dtype):
     rows, cols = linear.shape
     tiles, flags = resident(linear)
@@ -200,19 +210,28 @@ def test_wrong_sizes_never_reach_the_kernel(isa):
             b3_linear(*bad)
 
 
-def test_any_bytes_are_safe(isa):
+@kinds
+def test_any_bytes_are_safe(isa, kind):
     """Codes and records of any value read nothing but their own table."""
     rng = torch.Generator().manual_seed(0)
-    tiles, flags = resident(make_int8(40, 200))
+    tiles, flags = resident(make_int8(40, 200, **kind))
     for _ in range(20):
         noise = torch.randint(0, 256, tiles.shape, generator=rng, dtype=torch.uint8)
         for batch in (1, 5, 20):
             assert b3_linear(torch.ones(batch, 200), noise, flags, 40, 200, 2).shape == (batch, 40)
 
 
-def test_without_a_compiler_torch_does_it(monkeypatch):
+def test_salient_flags_mean_nothing_in_two_bits(isa):
+    tiles, flags = resident(make_int8(40, 200, **KINDS["two bits"]))
+    flags[3] = 8
+    with pytest.raises(SubbitError, match="sizes"):
+        b3_linear(torch.ones(1, 200), tiles, flags, 40, 200, 2)
+
+
+@kinds
+def test_without_a_compiler_torch_does_it(monkeypatch, kind):
     monkeypatch.setattr(native, "_compiled", lambda: None)
-    linear = make_int8(40, 300, seed=3)
+    linear = make_int8(40, 300, seed=3, **kind)
     x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     y = b3_linear(x, *resident(linear), 40, 300, 2)
     torch.testing.assert_close(y, x @ linear.dequantize().T)

@@ -24,9 +24,10 @@ def set_backend(model: nn.Module, backend: str = "auto", planes: int = 2) -> dic
 
     Args:
         model: holds `PackedLinear` modules; those that a kernel does not fit stay on the reference.
-        backend: "reference", "cpu" (the resident layout B3 and its kernels, or without compiled
-            kernels torch on decoded panels), or "auto": the CPU kernel where it was compiled and
-            fits. `SUBBIT_KERNEL=off` in the environment means "reference" whatever is asked.
+        backend: "reference", "cpu" (the resident layouts B3 and B2 and their kernels, or without
+            compiled kernels torch on decoded panels), or "auto": the CPU kernel where it was
+            compiled and fits. `SUBBIT_KERNEL=off` in the environment means "reference" whatever is
+            asked.
         planes: 2 or 1, see `PackedLinear`.
 
     Returns:

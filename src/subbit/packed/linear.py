@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
     The fields are frozen parameters named as in `Layout.fields()`; they never change dtype, only
     device. `bias`, if any, follows the model's dtype.
 
-    After `set_backend("cpu")` the module holds W in the resident layout B3 instead (buffers `tiles`
+    After `set_backend("cpu")` the module holds W in a resident layout instead (buffers `tiles`
     and `flags`), which the CPU kernel multiplies with. That is only how it works: the state dict
     has the packed fields as before, and moving the module off the CPU brings them back.
 
@@ -117,7 +117,8 @@ class PackedLinear(nn.Module):
         if not fits(self.layout) or self.levels.device.type != "cpu":
             raise RecipeError(
                 "the CPU kernel takes linears on the CPU whose levels are int8 (levels: int8 in "
-                f"the recipe), at most 7 a record or 6 and 4 salient ones; this is {self}"
+                f"the recipe), at most 8 a row and block (7 where weights are pruned), or 6 and 4 "
+                f"salient ones; this is {self}"
             )
         tiles, flags = expand(self.layout, self.fields())
         self.register_buffer("tiles", tiles, persistent=False)

@@ -1,4 +1,4 @@
-"""Linears small in memory: the resident layout B3, its CPU kernels, the torch operator."""
+"""Linears small in memory: the resident layouts B3 and B2, CPU kernels, the torch operator."""
 
 from subbit.packed.kernels.layout import fits
 from subbit.packed.kernels.native import kernel_name

@@ -1,4 +1,4 @@
-// Matrix products with weights in the B3 layout (layout.py says what the bytes mean).
+// Matrix products with weights in the layouts B3 and B2 (layout.py says what the bytes mean).
 //
 // Activations become one or two int8 planes for each block of 128 columns: x = s (255 hi + lo), or
 // s hi with one plane. A tile of 4 rows x 128 columns is decoded in registers, 16 columns of its
@@ -36,28 +36,48 @@ enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 constexpr int kBlock = 128;   // columns of a tile
 constexpr int kRows = 4;      // rows of a tile
 constexpr int kPlane = 64;    // bytes of one code plane of a tile
-constexpr int kRecord = 12;   // bytes of one level record: 10 levels + 128, bfloat16 scale
 constexpr int kTiles = 4;     // tiles of a unit: 16 rows x 128 columns
-constexpr int kFull = kTiles * (3 * kPlane + kRows * kRecord);  // bytes of a unit
-constexpr int kHalf = kTiles * (2 * kPlane + kRows * kRecord);  // of one of at most 64 columns
 constexpr int kMaxBatch = 16;
 
+// A layout: bits of a code, bytes of a level record (levels + 128, then the bfloat16 scale).
+template <int BITS, int RECORD>
+struct Form {
+    static constexpr int kBits = BITS, kRecord = RECORD;
+    // Code planes of a tile with K groups of 16 columns.
+    template <int K>
+    static constexpr int kPlanes = (16 * K * BITS + 127) / 128;
+    // Bytes of a unit of four such tiles.
+    template <int K>
+    static constexpr int kUnit = kTiles * (kPlanes<K> * kPlane + kRows * RECORD);
+};
+using B3 = Form<3, 12>;
+using B2 = Form<2, 6>;
+
 // Which byte of a level record the 16 entries of a row's table are (255: none, so 0), and what is
-// or-ed into them so that no byte is the level 0; without and with levels of salient columns.
-alignas(32) const uint8_t kPlaces[2][32] = {
+// or-ed into them so that no byte is the level 0. B3 without and with levels of salient columns; B2.
+alignas(32) const uint8_t kPlaces[3][32] = {
     {7, 0, 1, 2, 3, 4, 5, 6, 255, 255, 255, 255, 255, 255, 255, 255,
      0, 0, 0, 0, 0, 0, 0, 0, 128, 128, 128, 128, 128, 128, 128, 128},
     {255, 0, 1, 2, 3, 4, 5, 6, 255, 6, 7, 8, 9, 255, 255, 255,
-     128, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 128, 128, 128}};
+     128, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 128, 128, 128},
+    {3, 0, 1, 2, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+     0, 0, 0, 0, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128}};
 
 struct Shape {
     int64_t rows, cols, full, strips, stride;
+    int bits;               // 3 or 2
     bool half, salient;     // whether a unit of at most 64 columns follows; whether a column is
     const uint8_t* places;  // a row of `kPlaces`
     int64_t blocks() const { return full + half; }
     int64_t width() const { return full * kBlock + (half ? kBlock / 2 : 0); }
 };
 
+template <class F>
+constexpr int64_t stride_of(int64_t full, bool half) {
+    return full * F::template kUnit<8> + (half ? F::template kUnit<4> : 0);
+}
+
+// The number of bytes tells the layout.
 bool make_shape(int64_t rows, int64_t cols, int64_t bytes, const uint8_t* flags,
                 int64_t flag_bytes, Shape* s) {
     if (rows < 1 || cols < 1 || rows > INT32_MAX || cols > INT32_MAX) return false;
@@ -66,11 +86,13 @@ bool make_shape(int64_t rows, int64_t cols, int64_t bytes, const uint8_t* flags,
     s->half = rest > 0 && rest <= kBlock / 2;
     s->full = cols / kBlock + (rest > kBlock / 2);
     s->strips = (rows + kTiles * kRows - 1) / (kTiles * kRows);
-    s->stride = s->full * kFull + (s->half ? kHalf : 0);
+    s->bits = bytes == s->strips * stride_of<B2>(s->full, s->half) ? 2 : 3;
+    s->stride = s->bits == 2 ? stride_of<B2>(s->full, s->half) : stride_of<B3>(s->full, s->half);
     if (bytes != s->strips * s->stride || flag_bytes != s->width() + 1) return false;
     s->salient = false;
     for (int64_t i = 0; i < s->width(); i++) s->salient |= flags[i] != 0;
-    s->places = kPlaces[flags[s->width()] != 0];
+    if (s->bits == 2 && (s->salient || flags[s->width()])) return false;
+    s->places = kPlaces[s->bits == 2 ? 2 : flags[s->width()] != 0];
     return true;
 }
 
@@ -93,14 +115,14 @@ struct Job {
 };
 
 // In a unit with K groups of 16 columns: the code planes of tile `t`, and its level records.
-template <int K>
+template <class F, int K>
 INLINE const uint8_t* planes_of(const uint8_t* unit, int t) {
-    return unit + t * (K == 8 ? 3 : 2) * kPlane;
+    return unit + t * F::template kPlanes<K> * kPlane;
 }
 
-template <int K>
+template <class F, int K>
 INLINE const uint8_t* records_of(const uint8_t* unit, int t) {
-    return unit + kTiles * (K == 8 ? 3 : 2) * kPlane + t * kRows * kRecord;
+    return unit + kTiles * F::template kPlanes<K> * kPlane + t * kRows * F::kRecord;
 }
 
 // Keeps loads where they are: compilers would move those that two steps share to the stack, which
@@ -128,8 +150,10 @@ INLINE uint16_t to_bfloat16(float value) {
 INLINE float load_value(const float* x, int64_t i) { return x[i]; }
 INLINE float load_value(const uint16_t* x, int64_t i) { return bits_to_float((uint32_t)x[i] << 16); }
 
+template <class F>
 INLINE float record_scale(const uint8_t* record) {
-    return bits_to_float((uint32_t)record[10] << 16 | (uint32_t)record[11] << 24);
+    return bits_to_float((uint32_t)record[F::kRecord - 2] << 16 |
+                         (uint32_t)record[F::kRecord - 1] << 24);
 }
 
 // ---- activations -------------------------------------------------------------------------------
@@ -206,9 +230,15 @@ INLINE void store_sums(const Job& j, int64_t t, int m, const float* sums, int fi
     }
 }
 
-// Three-bit codes of columns 16k .. 16k + 15 of one row of a tile.
+// Codes of columns 16k .. 16k + 15 of one row of a tile.
+template <class F>
 INLINE void decode_codes(const uint8_t* tile, int r, int k, uint8_t* out) {
     const uint8_t *A = tile + 16 * r, *B = A + kPlane, *C = B + kPlane;
+    if (F::kBits == 2) {
+        const uint8_t* plane = k < 4 ? A : B;
+        for (int j = 0; j < 16; j++) out[j] = plane[j] >> 2 * (k % 4) & 3;
+        return;
+    }
     for (int j = 0; j < 16; j++) {
         switch (k) {
             case 0: out[j] = A[j] & 7; break;
@@ -228,26 +258,27 @@ INLINE void level_table(const uint8_t* record, const uint8_t* places, int8_t* ta
         table[i] = places[i] == 255 ? 0 : (int8_t)(record[places[i]] - 128);
 }
 
-template <int K>
+template <class F, int K>
 INLINE void decode_row(const uint8_t* planes, const uint8_t* record, const uint8_t* places,
                        const uint8_t* flags, int r, int8_t* out) {
     int8_t table[16];
     uint8_t index[16];
     level_table(record, places, table);
     for (int k = 0; k < K; k++) {
-        decode_codes(planes, r, k, index);
+        decode_codes<F>(planes, r, k, index);
         for (int j = 0; j < 16; j++) out[16 * k + j] = table[index[j] | flags[16 * k + j]];
     }
 }
 
-template <int P, int K>
+template <class F, int P, int K>
 INLINE void portable_block(const Job& j, const uint8_t* unit, int t, int64_t b,
                            float (*sums)[kRows]) {
     for (int r = 0; r < kRows; r++) {
         int8_t w[kBlock];
-        const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-        decode_row<K>(planes_of<K>(unit, t), record, j.shape.places, j.flags + b * kBlock, r, w);
-        const float scale = record_scale(record);
+        const uint8_t* record = records_of<F, K>(unit, t) + r * F::kRecord;
+        decode_row<F, K>(planes_of<F, K>(unit, t), record, j.shape.places, j.flags + b * kBlock, r,
+                         w);
+        const float scale = record_scale<F>(record);
         for (int m = 0; m < j.batch; m++) {
             const int64_t at = b * j.batch + m;
             const int8_t* x = j.acts.values + at * P * kBlock;
@@ -261,14 +292,14 @@ INLINE void portable_block(const Job& j, const uint8_t* unit, int t, int64_t b,
     }
 }
 
-template <int P>
+template <class F, int P>
 void strip_portable(const Job& j, int64_t strip) {
     for (int t = 0; t < kTiles; t++) {
         float sums[kMaxBatch][kRows] = {};
         const uint8_t* unit = j.tiles + strip * j.shape.stride;
-        for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
-            portable_block<P, 8>(j, unit, t, b, sums);
-        if (j.shape.half) portable_block<P, 4>(j, unit, t, j.shape.full, sums);
+        for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
+            portable_block<F, P, 8>(j, unit, t, b, sums);
+        if (j.shape.half) portable_block<F, P, 4>(j, unit, t, j.shape.full, sums);
         for (int m = 0; m < j.batch; m++) store_sums(j, strip * kTiles + t, m, sums[m], 0, kRows);
     }
 }
@@ -280,8 +311,9 @@ void strip_portable(const Job& j, int64_t strip) {
 #define T256 __attribute__((target("avx2,fma")))
 
 // How far ahead of the unit in work its successors are asked for, in bytes. A step asks for its
-// share of a unit's 15 lines: asked for all at once they hold up the loads.
-constexpr int kAhead = 12 * kFull;
+// share of a unit's lines, 15 or 10: asked for all at once they hold up the loads.
+template <class F>
+constexpr int kAhead = 12 * F::template kUnit<8>;
 
 INLINE void ask_for(const uint8_t* line) { _mm_prefetch((const char*)line, _MM_HINT_T0); }
 
@@ -291,27 +323,41 @@ T512 INLINE __m512i four_times(const void* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
 }
 
+// The level records of a tile's four rows, one in each lane: levels from its first byte on, the scale
+// in its last two.
+template <class F, int K>
+T512 INLINE __m512i records_512(const uint8_t* unit, int t) {
+    constexpr int dwords = kRows * F::kRecord / 4;
+    const __m512i all = _mm512_maskz_loadu_epi32((1 << dwords) - 1, records_of<F, K>(unit, t));
+    if (F::kBits == 3)
+        return _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), all);
+    // words 0, 1 of a row, and its scale, word 2, in the upper half of the last dword
+    return _mm512_permutexvar_epi16(
+        _mm512_setr_epi32(0x10000, 0x20002, 0x20002, 0x20002, 0x40003, 0x50005, 0x50005, 0x50005,
+                          0x70006, 0x80008, 0x80008, 0x80008, 0xa0009, 0xb000b, 0xb000b, 0xb000b),
+        all);
+}
+
 // The level tables (level + 128) of a tile's four rows, one in each lane.
-template <int K>
+template <class F, int K>
 T512 INLINE __m512i table_512(const uint8_t* unit, int t, const uint8_t* places) {
-    const __m512i spread = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
     const __m512i entries = four_times(places), zeros = four_times(places + 16);
-    const __m512i record = _mm512_permutexvar_epi32(
-        spread, _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t)));
-    return _mm512_or_si512(_mm512_shuffle_epi8(record, entries), zeros);
+    return _mm512_or_si512(_mm512_shuffle_epi8(records_512<F, K>(unit, t), entries), zeros);
 }
 
-// The scales of a tile's four rows: the upper half of the last dword of each record.
-template <int K>
+// The scales of a tile's four rows: the upper half of the last dword of each lane.
+template <class F, int K>
 T512 INLINE __m512 scales_512(const uint8_t* unit, int t) {
-    const __m512i record = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(2, 2, 2, 2, 5, 5, 5, 5, 8, 8, 8, 8, 11, 11, 11, 11),
-        _mm512_maskz_loadu_epi32(0xfff, records_of<K>(unit, t)));
-    return _mm512_castsi512_ps(_mm512_and_si512(record, _mm512_set1_epi32((int)0xffff0000)));
+    const __m512i last = _mm512_shuffle_epi32(records_512<F, K>(unit, t), (_MM_PERM_ENUM)0xff);
+    return _mm512_castsi512_ps(_mm512_and_si512(last, _mm512_set1_epi32((int)0xffff0000)));
 }
 
-// c & 7 | flag: `code` has a code in the low three bits of each byte.
+// `code` has a code in the low bits of each byte. B3: code | flag is its place.
+template <class F>
 T512 INLINE __m512i levels_512(__m512i table, __m512i code, __m512i flag) {
+    if (F::kBits == 2)
+        return _mm512_shuffle_epi8(table, _mm512_and_si512(code, _mm512_set1_epi8(3)));
     return _mm512_shuffle_epi8(table,
                                _mm512_ternarylogic_epi32(code, _mm512_set1_epi8(7), flag, 0xea));
 }
@@ -331,13 +377,13 @@ struct Work512 {
     __m512i table[R], sum[P][R][G];
 };
 
-// Multiply 16 columns of R tiles: `code` has their codes in the low three bits of each byte.
-template <int P, int R, int G>
+// Multiply 16 columns of R tiles: `code` has their codes in the low bits of each byte.
+template <class F, int P, int R, int G>
 T512 INLINE void columns_512(Work512<P, R, G>& work, const __m512i* code, const uint8_t* flags,
                              const int8_t* x) {
     const __m512i flag = four_times(flags);
     __m512i w[R];
-    for (int r = 0; r < R; r++) w[r] = levels_512(work.table[r], code[r], flag);
+    for (int r = 0; r < R; r++) w[r] = levels_512<F>(work.table[r], code[r], flag);
     for (int g = 0; g < G; g++)
         for (int p = 0; p < P; p++) {
             const __m512i value = four_times(x + (g * P + p) * kBlock);
@@ -348,57 +394,79 @@ T512 INLINE void columns_512(Work512<P, R, G>& work, const __m512i* code, const 
 
 // Tiles t .. t + R - 1 of a unit with vectors m .. m + G - 1. Planes are taken up one after the
 // other, for want of registers.
-template <int P, int K, int R, int G>
+template <class F, int P, int K, int R, int G>
 T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, int m,
                            __m512 (*sums)[G]) {
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * P * kBlock;
-    const uint8_t *flags = j.flags + b * kBlock, *ahead = unit + kAhead + t * 4 * kPlane;
+    const uint8_t *flags = j.flags + b * kBlock;
+    const uint8_t* ahead = unit + kAhead<F> + t * (F::kBits == 3 ? 4 : 2) * kPlane;
     Work512<P, R, G> work;
-    __m512i plane[R], code[R], kept[R];
+    [[maybe_unused]] __m512i plane[R], code[R], kept[R];
     for (int r = 0; r < R; r++) {
-        work.table[r] = table_512<K>(unit, t + r, j.shape.places);
+        work.table[r] = table_512<F, K>(unit, t + r, j.shape.places);
         for (int g = 0; g < G; g++) {
             work.sum[0][r][g] = _mm512_setzero_si512();
             work.sum[P - 1][r][g] = four_times(j.acts.start + 4 * (at + g));
         }
     }
-#define COLUMNS(k)                                                                 \
-    stay();                                                                        \
-    for (int i = 0; i < R / 2; i++) ask_for(ahead + kPlane * ((k) * (R / 2) + i)); \
-    columns_512<P, R, G>(work, code, flags + 16 * (k), x + 16 * (k))
+#define COLUMNS(k)                                                                     \
+    stay();                                                                            \
+    if (F::kBits == 3 || (k) < 5)                                                      \
+        for (int i = 0; i < R / 2; i++) ask_for(ahead + kPlane * ((k) * (R / 2) + i)); \
+    columns_512<F, P, R, G>(work, code, flags + 16 * (k), x + 16 * (k))
 #define EACH(...) for (int r = 0; r < R; r++) __VA_ARGS__
-#define LOAD(i) EACH(plane[r] = _mm512_loadu_si512(planes_of<K>(unit, t + r) + (i) * kPlane))
+#define LOAD(i) EACH(plane[r] = _mm512_loadu_si512(planes_of<F, K>(unit, t + r) + (i) * kPlane))
+#define SHIFTED(bits) EACH(code[r] = _mm512_srli_epi16(plane[r], bits))
     LOAD(0);
     EACH(code[r] = plane[r]);
     COLUMNS(0);
-    EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
+    SHIFTED(F::kBits);
     COLUMNS(1);
-    if (K == 8) {
-        EACH(kept[r] = _mm512_srli_epi16(plane[r], 6));
-        LOAD(2);
+    if constexpr (F::kBits == 2) {
+        SHIFTED(4);
+        COLUMNS(2);
+        SHIFTED(6);
+        COLUMNS(3);
+        if constexpr (K == 8) {
+            LOAD(1);
+            EACH(code[r] = plane[r]);
+            COLUMNS(4);
+            SHIFTED(2);
+            COLUMNS(5);
+            SHIFTED(4);
+            COLUMNS(6);
+            SHIFTED(6);
+            COLUMNS(7);
+        }
+    } else {
+        if (K == 8) {
+            EACH(kept[r] = _mm512_srli_epi16(plane[r], 6));
+            LOAD(2);
+            EACH(code[r] = plane[r]);
+            COLUMNS(4);
+            SHIFTED(3);
+            COLUMNS(5);
+            EACH(code[r] = merged_512(kept[r], _mm512_srli_epi16(plane[r], 4)));
+            COLUMNS(6);
+            EACH(kept[r] = _mm512_srli_epi16(plane[r], 5));
+        }
+        LOAD(1);
         EACH(code[r] = plane[r]);
-        COLUMNS(4);
-        EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
-        COLUMNS(5);
-        EACH(code[r] = merged_512(kept[r], _mm512_srli_epi16(plane[r], 4)));
-        COLUMNS(6);
-        EACH(kept[r] = _mm512_srli_epi16(plane[r], 5));
+        COLUMNS(2);
+        SHIFTED(3);
+        COLUMNS(3);
+        if (K == 8) {
+            EACH(code[r] = merged_512(_mm512_srli_epi16(plane[r], 6), kept[r]));
+            COLUMNS(7);
+        }
     }
-    LOAD(1);
-    EACH(code[r] = plane[r]);
-    COLUMNS(2);
-    EACH(code[r] = _mm512_srli_epi16(plane[r], 3));
-    COLUMNS(3);
-    if (K == 8) {
-        EACH(code[r] = merged_512(_mm512_srli_epi16(plane[r], 6), kept[r]));
-        COLUMNS(7);
-    }
+#undef SHIFTED
 #undef LOAD
 #undef EACH
 #undef COLUMNS
     for (int r = 0; r < R; r++) {
-        const __m512 scales = scales_512<K>(unit, t + r);
+        const __m512 scales = scales_512<F, K>(unit, t + r);
         for (int g = 0; g < G; g++) {
             __m512i s = work.sum[0][r][g];
             if (P == 2) s = _mm512_add_epi32(_mm512_slli_epi32(s, 8), work.sum[P - 1][r][g]);
@@ -407,16 +475,16 @@ T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, 
     }
 }
 
-template <int P, int R, int G>
+template <class F, int P, int R, int G>
 T512 INLINE void group_512(const Job& j, int64_t strip, int m) {
     __m512 sums[kTiles][G];
     for (int t = 0; t < kTiles; t++)
         for (int g = 0; g < G; g++) sums[t][g] = _mm512_setzero_ps();
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
-    for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
-        for (int t = 0; t < kTiles; t += R) tiles_512<P, 8, R, G>(j, unit, t, b, m, sums + t);
+    for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
+        for (int t = 0; t < kTiles; t += R) tiles_512<F, P, 8, R, G>(j, unit, t, b, m, sums + t);
     for (int t = 0; t < kTiles && j.shape.half; t += R)
-        tiles_512<P, 4, R, G>(j, unit, t, j.shape.full, m, sums + t);
+        tiles_512<F, P, 4, R, G>(j, unit, t, j.shape.full, m, sums + t);
     for (int t = 0; t < kTiles; t++)
         for (int g = 0; g < G; g++) {
             float lanes[16], rows[kRows];
@@ -427,12 +495,12 @@ T512 INLINE void group_512(const Job& j, int64_t strip, int m) {
         }
 }
 
-template <int P>
+template <class F, int P>
 T512 void strip_512(const Job& j, int64_t strip) {
     int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_512<P, 2, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_512<P, 2, 2>(j, strip, m);
-    if (m < j.batch) group_512<P, 4, 1>(j, strip, m);
+    for (; m + 4 <= j.batch; m += 4) group_512<F, P, 2, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_512<F, P, 2, 2>(j, strip, m);
+    if (m < j.batch) group_512<F, P, 4, 1>(j, strip, m);
 }
 
 // ---- AVX2 and AVX-VNNI: two rows x 16 columns at a time
@@ -442,18 +510,26 @@ T256 INLINE __m256i twice(const void* p) {
 }
 
 // Two rows of a tile (half 0 or 1): their level tables, one in each lane, and their scales.
-template <int K>
+template <class F, int K>
 T256 INLINE void records_256(const uint8_t* unit, int t, int half, const uint8_t* places,
                              __m256i* table, __m256* scale) {
-    const __m256i spread = _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5);
-    const __m256i six = _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0);
     const __m256i entries = twice(places), zeros = twice(places + 16);
-    const uint8_t* records = records_of<K>(unit, t) + 2 * kRecord * half;
-    const __m256i record =
-        _mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int*)records, six), spread);
+    const uint8_t* records = records_of<F, K>(unit, t) + 2 * F::kRecord * half;
+    __m256i record, last;  // a record in each lane; its scale in the upper half of each dword
+    if (F::kBits == 3) {
+        const __m256i spread = _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5);
+        const __m256i six = _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0);
+        record =
+            _mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int*)records, six), spread);
+        last = _mm256_shuffle_epi32(record, 0xaa);
+    } else {
+        const __m128i three = _mm_setr_epi32(-1, -1, -1, 0);
+        const __m128i first = _mm_maskload_epi32((const int*)records, three);
+        record = _mm256_setr_m128i(first, _mm_srli_si128(first, F::kRecord));
+        last = _mm256_shuffle_epi32(_mm256_slli_epi32(record, 16), 0x55);
+    }
     *table = _mm256_or_si256(_mm256_shuffle_epi8(record, entries), zeros);
-    *scale = _mm256_castsi256_ps(_mm256_and_si256(_mm256_shuffle_epi32(record, 0xaa),
-                                                  _mm256_set1_epi32((int)0xffff0000)));
+    *scale = _mm256_castsi256_ps(_mm256_and_si256(last, _mm256_set1_epi32((int)0xffff0000)));
 }
 
 T256 INLINE __m256i merged_256(__m256i low, __m256i rest) {
@@ -462,7 +538,10 @@ T256 INLINE __m256i merged_256(__m256i low, __m256i rest) {
 }
 
 // Codes of columns 16k .. 16k + 15, a byte each.
+template <class F>
 T256 INLINE __m256i code_256(int k, __m256i A, __m256i B, __m256i C) {
+    if (F::kBits == 2)
+        return _mm256_and_si256(_mm256_srli_epi16(k < 4 ? A : B, 2 * (k % 4)), _mm256_set1_epi8(3));
     const __m256i plane = k < 2 ? A : k < 4 ? B : C, seven = _mm256_set1_epi8(7);
     if (k < 6) return _mm256_and_si256(k % 2 ? _mm256_srli_epi16(plane, 3) : plane, seven);
     const __m256i low = _mm256_and_si256(_mm256_srli_epi16(k == 6 ? A : B, 6), _mm256_set1_epi8(3));
@@ -491,21 +570,23 @@ T256 INLINE void dot_256(__m256i* sum, const __m256i* w, const int8_t* x) {
 }
 
 // R pairs of rows of a unit, i and on, with G vectors. SALIENT = false: no column is.
-template <bool VNNI, bool SALIENT, int P, int K, int R, int G>
+template <class F, bool VNNI, bool SALIENT, int P, int K, int R, int G>
 T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
                           __m256 (*sums)[G]) {
     constexpr int planes = VNNI ? P : 1, size = values_of(!VNNI, P), step = VNNI ? 16 : 32;
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * size;
-    const uint8_t *flags = j.flags + b * kBlock, *ahead = unit + kAhead + 2 * i * kPlane;
+    constexpr int asks = F::kBits == 3 ? 2 : 1;  // lines to ask for, for each pair of rows
+    const uint8_t *flags = j.flags + b * kBlock, *ahead = unit + kAhead<F> + asks * i * kPlane;
     __m256i A[R], B[R], C[R], table[R], sum[planes][G][R];
     __m256 scale[R];
     for (int r = 0; r < R; r++) {
-        const uint8_t* codes = planes_of<K>(unit, i / 2) + 32 * (i % 2 + r);
+        constexpr int count = F::template kPlanes<K>;
+        const uint8_t* codes = planes_of<F, K>(unit, i / 2) + 32 * (i % 2 + r);
         A[r] = _mm256_loadu_si256((const __m256i*)codes);
-        B[r] = _mm256_loadu_si256((const __m256i*)(codes + kPlane));
-        C[r] = K == 8 ? _mm256_loadu_si256((const __m256i*)(codes + 2 * kPlane)) : A[r];
-        records_256<K>(unit, i / 2, i % 2 + r, j.shape.places, table + r, scale + r);
+        B[r] = count > 1 ? _mm256_loadu_si256((const __m256i*)(codes + kPlane)) : A[r];
+        C[r] = count > 2 ? _mm256_loadu_si256((const __m256i*)(codes + 2 * kPlane)) : A[r];
+        records_256<F, K>(unit, i / 2, i % 2 + r, j.shape.places, table + r, scale + r);
         for (int g = 0; g < G; g++) {
             sum[0][g][r] = _mm256_setzero_si256();
             sum[planes - 1][g][r] = twice(j.acts.start + 4 * (at + g));
@@ -514,10 +595,10 @@ T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, i
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
         stay();
-        if (k % (4 / R) == 0) ask_for(ahead + k / (4 / R) * kPlane);
+        if (k % (8 / (asks * R)) == 0) ask_for(ahead + k / (8 / (asks * R)) * kPlane);
         __m256i w[R];
         for (int r = 0; r < R; r++) {
-            __m256i index = code_256(k, A[r], B[r], C[r]);
+            __m256i index = code_256<F>(k, A[r], B[r], C[r]);
             if (SALIENT) index = _mm256_or_si256(index, twice(flags + 16 * k));
             w[r] = _mm256_shuffle_epi8(table[r], index);
         }
@@ -536,17 +617,17 @@ T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, i
         }
 }
 
-template <bool VNNI, bool SALIENT, int P, int R, int G>
+template <class F, bool VNNI, bool SALIENT, int P, int R, int G>
 T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
     __m256 sums[2 * kTiles][G];
     for (int i = 0; i < 2 * kTiles; i++)
         for (int g = 0; g < G; g++) sums[i][g] = _mm256_setzero_ps();
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
-    for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
+    for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
         for (int i = 0; i < 2 * kTiles; i += R)
-            rows_256<VNNI, SALIENT, P, 8, R, G>(j, unit, i, b, m, sums + i);
+            rows_256<F, VNNI, SALIENT, P, 8, R, G>(j, unit, i, b, m, sums + i);
     for (int i = 0; i < 2 * kTiles && j.shape.half; i += R)
-        rows_256<VNNI, SALIENT, P, 4, R, G>(j, unit, i, j.shape.full, m, sums + i);
+        rows_256<F, VNNI, SALIENT, P, 4, R, G>(j, unit, i, j.shape.full, m, sums + i);
     for (int i = 0; i < 2 * kTiles; i++)
         for (int g = 0; g < G; g++) {
             float lanes[8], rows[2];
@@ -557,12 +638,12 @@ T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
         }
 }
 
-template <bool VNNI, bool SALIENT, int P>
+template <class F, bool VNNI, bool SALIENT, int P>
 T256 void strip_256(const Job& j, int64_t strip) {
     int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_256<VNNI, SALIENT, P, 1, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_256<VNNI, SALIENT, P, 1, 2>(j, strip, m);
-    if (m < j.batch) group_256<VNNI, SALIENT, P, 2, 1>(j, strip, m);
+    for (; m + 4 <= j.batch; m += 4) group_256<F, VNNI, SALIENT, P, 1, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_256<F, VNNI, SALIENT, P, 1, 2>(j, strip, m);
+    if (m < j.batch) group_256<F, VNNI, SALIENT, P, 2, 1>(j, strip, m);
 }
 
 #endif
@@ -581,7 +662,32 @@ INLINE int32x4_t dot_armv82(int32x4_t sum, int8x16_t w, int8x16_t x) {
     return sum;
 }
 
-template <bool DOT, int P, int K, int G>
+// Codes of columns 16k .. 16k + 15; `k` is known when this is compiled.
+template <class F>
+INLINE uint8x16_t code_neon(int k, uint8x16_t A, uint8x16_t B, uint8x16_t C) {
+    const uint8x16_t three = vdupq_n_u8(3), seven = vdupq_n_u8(7), four = vdupq_n_u8(4);
+    if (F::kBits == 2) {
+        const uint8x16_t plane = k < 4 ? A : B;
+        switch (k % 4) {
+            case 0: return vandq_u8(plane, three);
+            case 1: return vandq_u8(vshrq_n_u8(plane, 2), three);
+            case 2: return vandq_u8(vshrq_n_u8(plane, 4), three);
+            default: return vshrq_n_u8(plane, 6);
+        }
+    }
+    switch (k) {
+        case 0: return vandq_u8(A, seven);
+        case 1: return vandq_u8(vshrq_n_u8(A, 3), seven);
+        case 2: return vandq_u8(B, seven);
+        case 3: return vandq_u8(vshrq_n_u8(B, 3), seven);
+        case 4: return vandq_u8(C, seven);
+        case 5: return vandq_u8(vshrq_n_u8(C, 3), seven);
+        case 6: return vorrq_u8(vshrq_n_u8(A, 6), vandq_u8(vshrq_n_u8(C, 4), four));
+        default: return vorrq_u8(vshrq_n_u8(B, 6), vandq_u8(vshrq_n_u8(C, 5), four));
+    }
+}
+
+template <class F, bool DOT, int P, int K, int G>
 INLINE void row_neon(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
                      float32x4_t* sums) {
     stay();
@@ -589,30 +695,20 @@ INLINE void row_neon(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * P * kBlock;
     const uint8_t *flags = j.flags + b * kBlock, *places = j.shape.places;
-    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    const uint8_t* planes = planes_of<K>(unit, t) + 16 * r;
+    const uint8_t* record = records_of<F, K>(unit, t) + r * F::kRecord;
+    const uint8_t* planes = planes_of<F, K>(unit, t) + 16 * r;
     uint8_t own[16] = {0};
-    memcpy(own, record, kRecord);
+    memcpy(own, record, F::kRecord);
     const uint8x16_t table = veorq_u8(
         vorrq_u8(vqtbl1q_u8(vld1q_u8(own), vld1q_u8(places)), vld1q_u8(places + 16)), vdupq_n_u8(128));
-    const uint8x16_t A = vld1q_u8(planes), B = vld1q_u8(planes + kPlane);
-    const uint8x16_t C = K == 8 ? vld1q_u8(planes + 2 * kPlane) : A;
-    const uint8x16_t seven = vdupq_n_u8(7), four = vdupq_n_u8(4);
+    constexpr int count = F::template kPlanes<K>;
+    const uint8x16_t A = vld1q_u8(planes), B = count > 1 ? vld1q_u8(planes + kPlane) : A;
+    const uint8x16_t C = count > 2 ? vld1q_u8(planes + 2 * kPlane) : A;
     int32x4_t high[G], low[G];
     for (int g = 0; g < G; g++) high[g] = low[g] = vdupq_n_s32(0);
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
-        uint8x16_t code;
-        switch (k) {
-            case 0: code = vandq_u8(A, seven); break;
-            case 1: code = vandq_u8(vshrq_n_u8(A, 3), seven); break;
-            case 2: code = vandq_u8(B, seven); break;
-            case 3: code = vandq_u8(vshrq_n_u8(B, 3), seven); break;
-            case 4: code = vandq_u8(C, seven); break;
-            case 5: code = vandq_u8(vshrq_n_u8(C, 3), seven); break;
-            case 6: code = vorrq_u8(vshrq_n_u8(A, 6), vandq_u8(vshrq_n_u8(C, 4), four)); break;
-            default: code = vorrq_u8(vshrq_n_u8(B, 6), vandq_u8(vshrq_n_u8(C, 5), four)); break;
-        }
+        const uint8x16_t code = code_neon<F>(k, A, B, C);
         const int8x16_t w = vreinterpretq_s8_u8(
             vqtbl1q_u8(table, vorrq_u8(code, vld1q_u8(flags + 16 * k))));
 #pragma GCC unroll 4
@@ -626,24 +722,24 @@ INLINE void row_neon(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
             }
         }
     }
-    const float scale = record_scale(record);
+    const float scale = record_scale<F>(record);
     for (int g = 0; g < G; g++) {
         const int32x4_t sum = P == 2 ? vaddq_s32(vshlq_n_s32(high[g], 8), low[g]) : high[g];
         sums[g] = vfmaq_n_f32(sums[g], vcvtq_f32_s32(sum), scale * j.acts.scale[at + g]);
     }
 }
 
-template <bool DOT, int P, int G>
+template <class F, bool DOT, int P, int G>
 INLINE void group_neon(const Job& j, int64_t strip, int m) {
     constexpr int rows = kTiles * kRows;
     float32x4_t sums[rows][G];
     for (int i = 0; i < rows; i++)
         for (int g = 0; g < G; g++) sums[i][g] = vdupq_n_f32(0);
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
-    for (int64_t b = 0; b < j.shape.full; b++, unit += kFull)
-        for (int i = 0; i < rows; i++) row_neon<DOT, P, 8, G>(j, unit, i, b, m, sums[i]);
+    for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
+        for (int i = 0; i < rows; i++) row_neon<F, DOT, P, 8, G>(j, unit, i, b, m, sums[i]);
     for (int i = 0; i < rows && j.shape.half; i++)
-        row_neon<DOT, P, 4, G>(j, unit, i, j.shape.full, m, sums[i]);
+        row_neon<F, DOT, P, 4, G>(j, unit, i, j.shape.full, m, sums[i]);
     for (int i = 0; i < rows; i++)
         for (int g = 0; g < G; g++) {
             const float sum = vaddvq_f32(sums[i][g]);
@@ -651,12 +747,12 @@ INLINE void group_neon(const Job& j, int64_t strip, int m) {
         }
 }
 
-template <bool DOT, int P>
+template <class F, bool DOT, int P>
 void strip_neon(const Job& j, int64_t strip) {
     int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_neon<DOT, P, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_neon<DOT, P, 2>(j, strip, m);
-    if (m < j.batch) group_neon<DOT, P, 1>(j, strip, m);
+    for (; m + 4 <= j.batch; m += 4) group_neon<F, DOT, P, 4>(j, strip, m);
+    for (; m + 2 <= j.batch; m += 2) group_neon<F, DOT, P, 2>(j, strip, m);
+    if (m < j.batch) group_neon<F, DOT, P, 1>(j, strip, m);
 }
 
 #endif
@@ -665,25 +761,27 @@ void strip_neon(const Job& j, int64_t strip) {
 // Multiply a strip (16 rows) with all vectors: its codes come from memory once.
 typedef void (*Strip)(const Job&, int64_t strip);
 
-template <int P>
+template <class F, int P>
 Strip strip_of(int isa, [[maybe_unused]] bool salient) {
+    constexpr bool maybe [[maybe_unused]] = F::kBits == 3;  // B2 has no salient columns
     switch (isa) {
 #if defined(__x86_64__)
-        case AVX2: return salient ? strip_256<false, true, P> : strip_256<false, false, P>;
-        case AVXVNNI: return salient ? strip_256<true, true, P> : strip_256<true, false, P>;
-        case AVX512: return strip_512<P>;
+        case AVX2: return salient ? strip_256<F, false, maybe, P> : strip_256<F, false, false, P>;
+        case AVXVNNI: return salient ? strip_256<F, true, maybe, P> : strip_256<F, true, false, P>;
+        case AVX512: return strip_512<F, P>;
 #endif
 #if defined(__aarch64__)
-        case NEON: return strip_neon<false, P>;
-        case NEONDOT: return strip_neon<true, P>;
+        case NEON: return strip_neon<F, false, P>;
+        case NEONDOT: return strip_neon<F, true, P>;
 #endif
-        default: return strip_portable<P>;
+        default: return strip_portable<F, P>;
     }
 }
 
 template <int P>
 void multiply(const Job& j, int isa, int threads) {
-    const Strip strip = strip_of<P>(isa, j.shape.salient);
+    const Strip strip = j.shape.bits == 2 ? strip_of<B2, P>(isa, false)
+                                          : strip_of<B3, P>(isa, j.shape.salient);
     const int64_t strips = j.shape.strips;
     // below about 50 kB a second thread costs more than it saves
     const int64_t worth = strips * j.shape.stride * j.batch / 50000;
@@ -730,18 +828,18 @@ INLINE void store_value(float* out, float value) { *out = value; }
 INLINE void store_value(uint16_t* out, float value) { *out = to_bfloat16(value); }
 
 // n columns of row r of tile t, in one block; fewer than 16 K at the end of the matrix.
-template <int K, class T>
+template <class F, int K, class T>
 INLINE void dense_row(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
                       int r, int n, T* out) {
-    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    const float scale = record_scale(record);
+    const uint8_t* record = records_of<F, K>(unit, t) + r * F::kRecord;
+    const float scale = record_scale<F>(record);
     int8_t levels[16];
     T values[16];
     level_table(record, places, levels);
     for (int i = 0; i < 16; i++) store_value(values + i, (float)levels[i] * scale);
     uint8_t index[16];
     for (int k = 0; 16 * k < n; k++) {
-        decode_codes(planes_of<K>(unit, t), r, k, index);
+        decode_codes<F>(planes_of<F, K>(unit, t), r, k, index);
         const int left = n - 16 * k < 16 ? n - 16 * k : 16;
         for (int i = 0; i < left; i++) out[16 * k + i] = values[index[i] | flags[16 * k + i]];
     }
@@ -749,8 +847,17 @@ INLINE void dense_row(const uint8_t* unit, const uint8_t* places, const uint8_t*
 
 #if defined(__x86_64__)
 // Where the level of each weight of a row stands in its table, 32 columns in each of K / 2 registers.
-template <int K>
+template <class F, int K>
 T256 INLINE void row_index_256(const uint8_t* planes, const uint8_t* flags, __m256i* index) {
+    if constexpr (F::kBits == 2) {
+        for (int i = 0; i < K / 2; i++) {
+            const __m256i by = i % 2 ? _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6)
+                                     : _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
+            index[i] = _mm256_and_si256(_mm256_srlv_epi32(twice(planes + i / 2 * kPlane), by),
+                                        _mm256_set1_epi8(3));
+        }
+        return;
+    }
     const __m256i by_three = _mm256_setr_epi32(0, 0, 0, 0, 3, 3, 3, 3);
     const __m256i A = twice(planes), B = twice(planes + kPlane);
     index[0] = _mm256_srlv_epi32(A, by_three);
@@ -767,10 +874,13 @@ T256 INLINE void row_index_256(const uint8_t* planes, const uint8_t* flags, __m2
 }
 
 // The int8 level table of one row.
+template <class F>
 T256 INLINE __m128i row_levels(const uint8_t* record, const uint8_t* places) {
     const __m128i entries = _mm_load_si128((const __m128i*)places);
     const __m128i zeros = _mm_load_si128((const __m128i*)(places + 16));
-    const __m128i bytes = _mm_maskload_epi32((const int*)record, _mm_setr_epi32(-1, -1, -1, 0));
+    alignas(16) uint8_t own[16] = {0};
+    memcpy(own, record, F::kRecord);
+    const __m128i bytes = _mm_load_si128((const __m128i*)own);
     return _mm_xor_si128(_mm_or_si128(_mm_shuffle_epi8(bytes, entries), zeros),
                          _mm_set1_epi8(-128));
 }
@@ -865,45 +975,46 @@ struct Row512<uint16_t> {
     }
 };
 
-template <class Row, int K, class T>
+template <class F, class Row, int K, class T>
 T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
                                int r, T* out) {
-    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    const Row row(row_levels(record, places), record_scale(record));
+    const uint8_t* record = records_of<F, K>(unit, t) + r * F::kRecord;
+    const Row row(row_levels<F>(record, places), record_scale<F>(record));
     __m256i index[4];
-    row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
+    row_index_256<F, K>(planes_of<F, K>(unit, t) + 16 * r, flags, index);
     for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
 }
 
 // The same with the other target; `Row`'s functions are only inlined into their own.
-template <class Row, int K, class T>
+template <class F, class Row, int K, class T>
 T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
                                int r, T* out) {
-    const uint8_t* record = records_of<K>(unit, t) + r * kRecord;
-    const Row row(row_levels(record, places), record_scale(record));
+    const uint8_t* record = records_of<F, K>(unit, t) + r * F::kRecord;
+    const Row row(row_levels<F>(record, places), record_scale<F>(record));
     __m256i index[4];
-    row_index_256<K>(planes_of<K>(unit, t) + 16 * r, flags, index);
+    row_index_256<F, K>(planes_of<F, K>(unit, t) + 16 * r, flags, index);
     for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
 }
 
 // Whole units by `fast`, what is left of a unit by plain code.
-#define DENSE_ROW(fast, Row)                                                                   \
-    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {       \
+#define DENSE_ROW(fast, Row)                                                                    \
+    for (int64_t b = 0; b < s.full; b++, unit += F::template kUnit<8>) {                         \
         const int64_t left = s.cols - b * kBlock;                                               \
-        if (left >= kBlock) fast<Row<T>, 8>(unit, s.places, flags, t, r, out);                  \
-        else dense_row<8>(unit, s.places, flags, t, r, (int)left, out);                         \
+        if (left >= kBlock) fast<F, Row<T>, 8>(unit, s.places, flags, t, r, out);               \
+        else dense_row<F, 8>(unit, s.places, flags, t, r, (int)left, out);                      \
+        flags += kBlock, out += kBlock;                                                         \
     }                                                                                           \
     const int64_t left = s.cols - s.full * kBlock;                                              \
-    if (s.half && left == kBlock / 2) fast<Row<T>, 4>(unit, s.places, flags, t, r, out);        \
-    else if (s.half) dense_row<4>(unit, s.places, flags, t, r, (int)left, out)
+    if (s.half && left == kBlock / 2) fast<F, Row<T>, 4>(unit, s.places, flags, t, r, out);     \
+    else if (s.half) dense_row<F, 4>(unit, s.places, flags, t, r, (int)left, out)
 
-template <class T>
+template <class F, class T>
 T256 void dense_256(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
                     T* out) {
     DENSE_ROW(dense_row_256, Row256);
 }
 
-template <class T>
+template <class F, class T>
 T512 void dense_512(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
                     T* out) {
     DENSE_ROW(dense_row_512, Row512);
@@ -911,18 +1022,19 @@ T512 void dense_512(const Shape& s, const uint8_t* unit, const uint8_t* flags, i
 #undef DENSE_ROW
 #endif
 
-template <class T>
+template <class F, class T>
 INLINE void dense_any(const Shape& s, const uint8_t* unit, const uint8_t* flags, int t, int r,
                       T* out) {
-    for (int64_t b = 0; b < s.full; b++, unit += kFull, flags += kBlock, out += kBlock) {
+    for (int64_t b = 0; b < s.full; b++, unit += F::template kUnit<8>) {
         const int64_t left = s.cols - b * kBlock;
-        dense_row<8>(unit, s.places, flags, t, r, left < kBlock ? (int)left : kBlock, out);
+        dense_row<F, 8>(unit, s.places, flags, t, r, left < kBlock ? (int)left : kBlock, out);
+        flags += kBlock, out += kBlock;
     }
     if (s.half)
-        dense_row<4>(unit, s.places, flags, t, r, (int)(s.cols - s.full * kBlock), out);
+        dense_row<F, 4>(unit, s.places, flags, t, r, (int)(s.cols - s.full * kBlock), out);
 }
 
-template <class T>
+template <class F, class T>
 void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t row0, int64_t row1,
            T* out, [[maybe_unused]] int isa, int threads) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1)
@@ -931,11 +1043,11 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
         const int t = (int)(row / kRows % kTiles), r = (int)(row % kRows);
         T* to = out + (row - row0) * s.cols;
 #if defined(__x86_64__)
-        if (isa == AVX512) dense_512(s, unit, flags, t, r, to);
-        else if (isa != PORTABLE) dense_256(s, unit, flags, t, r, to);
-        else dense_any(s, unit, flags, t, r, to);
+        if (isa == AVX512) dense_512<F>(s, unit, flags, t, r, to);
+        else if (isa != PORTABLE) dense_256<F>(s, unit, flags, t, r, to);
+        else dense_any<F>(s, unit, flags, t, r, to);
 #else
-        dense_any(s, unit, flags, t, r, to);
+        dense_any<F>(s, unit, flags, t, r, to);
 #endif
     }
 }
@@ -992,7 +1104,7 @@ uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t word
 // ---- what Python calls -------------------------------------------------------------------------
 
 // Version of this interface; native.py refuses another.
-EXPORT int subbit_b3_version() { return 2; }
+EXPORT int subbit_b3_version() { return 3; }
 
 namespace {
 
@@ -1082,10 +1194,12 @@ EXPORT int subbit_b3_dense(const uint8_t* tiles, int64_t tile_bytes, const uint8
     if (!make_shape(rows, cols, tile_bytes, flags, flag_bytes, &shape)) return 1;
     if (row0 < 0 || row0 > row1 || row1 > rows || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
-    if (dtype == BFLOAT16)
-        dense(shape, tiles, flags, row0, row1, (uint16_t*)out, isa, threads);
-    else
-        dense(shape, tiles, flags, row0, row1, (float*)out, isa, threads);
+    const auto decode = [&](auto* to) {
+        if (shape.bits == 2) dense<B2>(shape, tiles, flags, row0, row1, to, isa, threads);
+        else dense<B3>(shape, tiles, flags, row0, row1, to, isa, threads);
+    };
+    if (dtype == BFLOAT16) decode((uint16_t*)out);
+    else decode((float*)out);
     return 0;
 }
 

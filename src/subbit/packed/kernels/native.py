@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from subbit.errors import RecipeError, SubbitError, nearest
-from subbit.packed.kernels.layout import sizes
+from subbit.packed.kernels.layout import check_sizes
 
 __all__ = ["available", "dense", "kernel_name", "linear", "read", "worthwhile"]
 
-_VERSION = 2
+_VERSION = 3
 _ISAS = {"portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "neon": 4, "neondot": 5}
 # How many vectors of (bfloat16, other types) the kernel multiplies sooner than torch does with
 # decoded panels, measured on Zen 5 (NEON: assumed).
@@ -109,16 +109,11 @@ def worthwhile(isa: str, dtype: torch.dtype) -> int:
 
 def _weights(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> tuple[int, ...]:
     """The arguments that name a linear's weights, checked: C trusts them."""
-    count, width = sizes(rows, cols)
-    for name, tensor, size in (("tiles", tiles, count), ("flags", flags, width)):
-        if tensor.dtype != torch.uint8 or tensor.numel() != size:
-            raise ValueError(
-                f"{name} of a linear ({rows}, {cols}) must be {size} bytes, not "
-                f"{tensor.numel()} of {tensor.dtype}."
-            )
+    check_sizes(tiles, flags, rows, cols)
+    for name, tensor in (("tiles", tiles), ("flags", flags)):
         if not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous and on the CPU.")
-    return tiles.data_ptr(), count, flags.data_ptr(), width, rows, cols
+    return tiles.data_ptr(), tiles.numel(), flags.data_ptr(), flags.numel(), rows, cols
 
 
 def _check(status: int) -> None:

@@ -1,4 +1,4 @@
-"""The torch operator `subbit::b3_linear`: `y = x Wᵀ` with W in the resident layout B3.
+"""The torch operator `subbit::b3_linear`: `y = x Wᵀ` with W in the resident layouts B3 or B2.
 
 Few vectors go through the compiled kernel, which reads the codes themselves. More of them, or any
 number without a compiled kernel, are multiplied by torch with panels of 512 decoded rows: one panel
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subbit.packed.kernels import native
-from subbit.packed.kernels.layout import dense_rows, sizes
+from subbit.packed.kernels.layout import check_sizes, dense_rows
 
 __all__ = ["PANEL_ROWS", "b3_linear", "decode"]
 
@@ -43,7 +43,7 @@ def decode(
             out = torch.empty(stop - start, cols, dtype=own)
         if native.dense(tiles, flags, rows, cols, start, stop, out):
             return out.to(dtype)
-    return dense_rows(tiles, flags, cols, start, stop, dtype)
+    return dense_rows(tiles, flags, rows, cols, start, stop, dtype)
 
 
 def _panels(rows: int) -> list[tuple[int, int]]:
@@ -59,11 +59,7 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
         y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
         if y is not None:
             return y.to(x.dtype).view(*x.shape[:-1], rows)
-    if (tiles.numel(), flags.numel()) != sizes(rows, cols):
-        raise ValueError(
-            f"{tiles.numel()} bytes of tiles and {flags.numel()} flags are no linear "
-            f"({rows}, {cols})."
-        )
+    check_sizes(tiles, flags, rows, cols)
     y = x.new_empty(flat.shape[0], rows)
     room = x.new_empty(min(PANEL_ROWS, rows), cols)
     for start, stop in _panels(rows):
@@ -75,10 +71,12 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
 def _multiply_on_gpu(
     x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
 ) -> Tensor:
-    """Triton's kernels, which round no activations; without Triton panels, as on the CPU."""
+    """Triton's kernels, which round no activations; without Triton, or for B2, panels."""
     try:
         from subbit.packed.kernels import triton_b3
     except ImportError:
+        return _multiply(x, tiles, flags, rows, cols, planes)
+    if check_sizes(tiles, flags, rows, cols) != 3:
         return _multiply(x, tiles, flags, rows, cols, planes)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = triton_b3.multiply(flat, tiles, flags, rows, cols)
