@@ -155,7 +155,7 @@ class RefitSpec(_Spec):
     rate: float = Field(0.005, gt=0)
     towards: Literal["original", "block"] = "original"
     model_steps: int = Field(0, ge=0)
-    model_rate: float = Field(0.005, gt=0)
+    model_rate: float = Field(0.0025, gt=0)
 
 
 class CoarseSpec(_Spec):
