@@ -74,6 +74,7 @@ def test_both_ways_to_reconstruct_differ(text):
         ("pbs2p-4-8", []),
         ("pbs2p-plus-4-8", ["levels=int8"]),
         ("pbs2p-4-8", ["levels=int8"]),
+        ("pbs2p-plus-4-8", ["levels=int8-row"]),
         ("gptq-2", []),
         ("arb-rc", []),
         ("pb-llm", []),

@@ -21,6 +21,7 @@ __all__ = [
     "LevelTable",
     "SparseLinear",
     "on_int8_grid",
+    "row_scale",
 ]
 
 
@@ -113,7 +114,8 @@ class LevelTable:
         groups: number of level groups G (for "free" and "grid": the number of levels).
         params: what is stored: float16 `(rows, ngroups_of_columns, P)`, P of `LevelKind.params`;
             with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`.
-        scale: bfloat16 `(rows, ngroups_of_columns)` by which int8 levels are multiplied, or None.
+        scale: bfloat16 by which int8 levels are multiplied, or None: `(rows, ngroups_of_columns)`,
+            or `(rows, 1)`, one for the whole row.
     """
 
     kind: str
@@ -260,24 +262,36 @@ Compressed = CompressedLinear | SparseLinear
 """What a method returns."""
 
 
-def on_int8_grid(
-    levels: LevelTable, salient_levels: LevelTable | None
-) -> tuple[LevelTable, LevelTable | None]:
-    """Round levels to int8 multiples of one scale for each row and column group.
+def row_scale(values: Tensor) -> Tensor:
+    """The scale on which int8 reaches the largest of a row: bfloat16 `(rows, 1)`.
 
-    The scale is the largest absolute level of both tables / 127, rounded to bfloat16; 0 where all
-    levels are 0. Tables that are on such a grid already are returned as they are.
+    Args:
+        values: float32 `(rows, ...)`.
+    """
+    return (values.abs().flatten(1).amax(1, keepdim=True) / 127).bfloat16()
+
+
+def on_int8_grid(
+    levels: LevelTable, salient_levels: LevelTable | None, scale: Tensor | None = None
+) -> tuple[LevelTable, LevelTable | None]:
+    """Round levels to int8 multiples of one scale for each row and column group, or each row.
+
+    Tables that are on such a grid already are returned as they are.
 
     Args:
         levels: of the ordinary weights.
         salient_levels: of the salient weights, as many column groups, or None.
+        scale: bfloat16 `(rows, 1)`, one scale for all groups of a row; levels beyond 127 of it are
+            cut. None = for each row and group the largest absolute level of both tables / 127,
+            rounded to bfloat16, 0 where all levels are 0.
     """
     if levels.scale is not None:
         return levels, salient_levels
     tables = [levels] if salient_levels is None else [levels, salient_levels]
     values = [table.values() for table in tables]
-    largest = torch.stack([value.abs().amax(-1) for value in values]).amax(0)
-    scale = (largest / 127).bfloat16()
+    if scale is None:
+        largest = torch.stack([value.abs().amax(-1) for value in values]).amax(0)
+        scale = (largest / 127).bfloat16()
     step = scale.float().unsqueeze(-1)
     step = step.masked_fill(step == 0, torch.inf)
     snapped = [

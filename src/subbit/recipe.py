@@ -188,8 +188,9 @@ class Recipe(_Spec):
             written `null`: no weight is pruned, and the coarse stage has nothing to share out.
         blocksize: columns that are compressed together; a multiple of M.
         percdamp: share of mean(diag H) that is added to the diagonal of H.
-        levels: how levels are stored: "fp16" parameters as published, or "int8" levels on one
-            bfloat16 scale for each row and block: smaller, and what the fast kernels read.
+        levels: how levels are stored: "fp16" parameters as published; "int8" levels on one
+            bfloat16 scale for each row and block, smaller, and what the fast kernels read;
+            "int8-row", on one scale for each row, smaller still.
         skip: patterns of linears or weights that are left as they are; embeddings and lm_head
             always are.
         calibration: which text the method sees.
@@ -207,7 +208,7 @@ class Recipe(_Spec):
     nm: NM
     blocksize: int = Field(128, ge=1)
     percdamp: float = Field(0.01, ge=0)
-    levels: Literal["fp16", "int8"] = "fp16"
+    levels: Literal["fp16", "int8", "int8-row"] = "fp16"
     skip: list[str] = []
     calibration: CalibrationSpec = CalibrationSpec()
     coarse: CoarseSpec = CoarseSpec()

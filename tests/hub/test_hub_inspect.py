@@ -93,7 +93,7 @@ def test_layers_come_in_the_order_of_their_numbers():
 def test_it_is_plain_json(folders):
     facts = inspect_folder(folders("llama"))
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["format_version"] == 1 and facts["recipe"]["name"] == "pbs2p-6-8"
+    assert facts["format_version"] == 2 and facts["recipe"]["name"] == "pbs2p-6-8"
     assert facts["calibration"]["source"] == "stdlib"
 
 

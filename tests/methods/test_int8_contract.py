@@ -32,15 +32,29 @@ def test_levels_are_int8_on_a_shared_scale(name, case):
 
 
 @pytest.mark.parametrize("name", WITH_LEVELS)
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_one_scale_a_row(name, case):
+    settings = Settings(blocksize=64, levels="int8-row")
+    result = make_method(name, {}, settings).compress(*problem(case), nm_of(name, (4, 8)))
+    tables = [t for t in (result.levels, result.salient_levels) if t is not None]
+    for table in tables:
+        assert table.params.dtype == torch.int8 and table.scale.shape == (len(result.codes), 1)
+        assert torch.equal(table.scale, result.levels.scale)
+    layout, tensors = pack(result)
+    assert layout.row_scale == (result.levels.params.shape[1] > 1)
+    assert torch.equal(unpack(layout, tensors).dequantize(), result.dequantize())
+
+
+@pytest.mark.parametrize("name", WITH_LEVELS)
 def test_the_price_is_small(name):
     W, stats = problem("plain")
     losses = [
         make_method(name, {}, Settings(blocksize=64, levels=levels))
         .compress(W, stats, nm_of(name, (6, 8)))
         .record["loss"]
-        for levels in ("fp16", "int8")
+        for levels in ("fp16", "int8", "int8-row")
     ]
-    assert losses[1] < 1.05 * losses[0]
+    assert losses[1] < 1.05 * losses[0] and losses[2] < 1.05 * losses[0]
 
 
 def test_the_rounding_error_is_absorbed_by_later_blocks():
@@ -57,6 +71,7 @@ def test_the_recipe_names_it():
     recipe = Recipe(name="x", method="pbs2p", nm="6:8")
     assert recipe.levels == "fp16"
     assert recipe.override(["levels=int8"]).levels == "int8"
+    assert recipe.override(["levels=int8-row"]).levels == "int8-row"
 
 
 def test_which_methods_take_it():

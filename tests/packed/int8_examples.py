@@ -5,17 +5,18 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from packed_examples import make_linear
 
-from subbit.codes import CompressedLinear, on_int8_grid
+from subbit.codes import CompressedLinear, on_int8_grid, row_scale
 
 __all__ = ["b2_linears", "make_int8", "resident_linears"]
 
 FITTING = [("pairs", 3), ("pairs", 1), ("symmetric", 2), ("residual", 1), ("free", 6), ("free", 1)]
 
 
-def make_int8(rows: int, cols: int, **options) -> CompressedLinear:
-    """As `make_linear`, levels rounded to int8."""
+def make_int8(rows: int, cols: int, by_row: bool = False, **options) -> CompressedLinear:
+    """As `make_linear`, levels rounded to int8, on one scale for each row if so wanted."""
     linear = make_linear(rows, cols, **options)
-    levels, salient_levels = on_int8_grid(linear.levels, linear.salient_levels)
+    scale = row_scale(linear.levels.values()) if by_row else None
+    levels, salient_levels = on_int8_grid(linear.levels, linear.salient_levels, scale)
     return replace(linear, levels=levels, salient_levels=salient_levels)
 
 
@@ -45,6 +46,7 @@ def _linears(**given: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
         nm=st.sampled_from([(1, 8), (4, 8), (6, 8), (8, 8), (2, 4), (3, 5), None]),
         group_size=st.sampled_from([128, 256, 1000]),
         zeros=st.booleans(),
+        by_row=st.booleans(),
         seed=st.integers(0, 2**32),
     )
     return st.builds(make_int8, **defaults | given)

@@ -63,7 +63,8 @@ def test_fuzzed_shapes(isa, linear, batch, planes, seed):
     W = linear.dequantize()
     y = b3_linear(x, tiles, flags, rows, cols, planes)
     error = (y.double() - x.double() @ W.double().T).abs()
-    scale = linear.levels.scale.double().repeat_interleave(linear.group_size, 1)[:, :cols]
+    scale = linear.levels.scale.expand(linear.levels.params.shape[:2]).double()
+    scale = scale.repeat_interleave(linear.group_size, 1)[:, :cols]
     allowed = tolerance(x, W, planes)
     if planes == 2:  # sums of (level + 128) x and of -128 x are rounded to float32 before they meet
         allowed += 383 * 2.0**-24 * (x.double().abs() @ scale.T)

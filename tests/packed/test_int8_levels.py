@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from int8_examples import make_int8
 from packed_examples import NM, TABLES
 
-from subbit.codes import CompressedLinear, LevelTable, on_int8_grid
+from subbit.codes import CompressedLinear, LevelTable, on_int8_grid, row_scale
 from subbit.errors import FormatError
 from subbit.packed import FORMAT_VERSION, Layout, bit_report, pack, unpack
 
@@ -54,19 +54,41 @@ def test_smallest_and_largest_float16_levels(size):
     salient=st.sampled_from([None, *TABLES]),
     group_size=st.sampled_from([32, 128, 1000]),
     zeros=st.booleans(),
+    by_row=st.booleans(),
 )
-def test_pack_and_unpack(rows, cols, nm, levels, salient, group_size, zeros):
-    linear = make_int8(
-        rows, cols, nm=nm, levels=levels, salient=salient, group_size=group_size, zeros=zeros
-    )
+def test_pack_and_unpack(rows, cols, nm, levels, salient, group_size, zeros, by_row):
+    structure = dict(nm=nm, levels=levels, salient=salient, group_size=group_size, zeros=zeros)
+    linear = make_int8(rows, cols, by_row, **structure)
     layout, tensors = pack(linear)
-    assert layout.int8
+    assert layout.int8 and layout.row_scale == (by_row and cols > group_size)
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == layout.fields()
     back = unpack(layout, tensors)
     assert torch.equal(back.codes, linear.codes)
     assert torch.equal(back.levels.params, linear.levels.params)
     assert torch.equal(back.levels.scale, linear.levels.scale)
     assert torch.equal(back.dequantize(), linear.dequantize())
+
+
+def test_one_scale_for_a_row():
+    levels = LevelTable("free", 2, torch.tensor([[[1.0, -0.5], [0.25, 3.0]]]).half())
+    scale = row_scale(torch.tensor([[1.0, -2.0, 0.5]]))
+    assert torch.equal(scale, torch.tensor([[2 / 127]]).bfloat16())
+    own, _ = on_int8_grid(levels, None, scale)
+    assert own.params.tolist() == [[[64, -32], [16, 127]]]  # 3.0 is cut
+    linear = CompressedLinear(torch.ones(1, 256, dtype=torch.uint8), own, 128)
+    layout, tensors = pack(linear)
+    assert layout.row_scale and tuple(tensors["scale"].shape) == (1, 1)
+    assert layout.fields()["scale"].nbytes == 2
+    assert torch.equal(unpack(layout, tensors).dequantize(), linear.dequantize())
+    assert linear.dequantize()[0, 128] == 16 * scale.item()
+
+
+def test_row_scale_goes_with_int8_and_several_groups():
+    data = pack(make_int8(8, 256, by_row=True))[0].to_dict()
+    assert data["row_scale"] is True
+    for wrong in ({"int8": False}, {"group_size": 256}, {"row_scale": 1}):
+        with pytest.raises(FormatError, match="row_scale"):
+            Layout.from_dict(data | wrong)
 
 
 def test_json_names_int8_only_where_it_is():
@@ -123,7 +145,7 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
 
 def test_golden_bytes_of_int8_levels():
     """Worked out by hand. These bytes may change only together with FORMAT_VERSION."""
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
     scale = torch.tensor([[0.5], [-2.0]]).bfloat16()
     linear = CompressedLinear(
         codes=torch.tensor([[1, 0, 2, 3], [0, 6, 1, 2]], dtype=torch.uint8),

@@ -81,7 +81,7 @@ def test_round_trip_over_several_row_chunks():
 
 def test_golden_bytes():
     """Worked out by hand. These bytes may change only together with FORMAT_VERSION."""
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
     codes = torch.tensor([[1, 0, 4, 6, 3, 2], [0, 5, 2, 1, 6, 6]], dtype=torch.uint8)
     linear = CompressedLinear(
         codes=codes,
@@ -109,7 +109,7 @@ def test_golden_bytes():
 
 def test_golden_bytes_without_nm():
     """Worked out by hand. These bytes may change only together with FORMAT_VERSION."""
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
     six = LevelTable("free", 6, torch.zeros(1, 1, 6, dtype=torch.float16))
     codes = torch.tensor([[6] * 12 + [3]], dtype=torch.uint8)
     _, tensors = pack(CompressedLinear(codes, six, 128))

@@ -68,7 +68,7 @@ def _steps(linear: Compressed, cols: int) -> Tensor | None:
     if groups > 1 and linear.group_size % _BLOCK:
         return None
     if levels.scale is not None:
-        step = levels.scale.half()
+        step = levels.scale.half().expand(-1, groups)
     elif levels.kind == "grid":
         step = levels.params[..., 0]
     else:

@@ -1,5 +1,6 @@
 """From coded blocks to one compressed linear."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -9,9 +10,9 @@ from torch import Tensor
 from subbit.binarize.groups import Groups
 from subbit.binarize.row_column import RowColumnPart
 from subbit.binarize.spbo import Part
-from subbit.codes import CompressedLinear, LevelTable, on_int8_grid
+from subbit.codes import CompressedLinear, LevelTable, on_int8_grid, row_scale
 
-__all__ = ["CodedBlock", "FittedPart", "as_stored", "assemble", "code_block", "code_part"]
+__all__ = ["CodedBlock", "FittedPart", "assemble", "code_block", "code_part", "storing"]
 
 FittedPart = Part | RowColumnPart
 """The groups of some columns, stacked."""
@@ -47,17 +48,28 @@ class CodedBlock:
         return assemble([self], self.codes.shape[1], None, {}, dtype=None).dequantize()
 
 
-def as_stored(block: CodedBlock, levels: Literal["fp16", "int8"]) -> CodedBlock:
-    """A block with the levels that will be read back from the file.
+def storing(
+    levels: Literal["fp16", "int8", "int8-row"], W: Tensor
+) -> Callable[[CodedBlock], CodedBlock]:
+    """What gives a block the levels that will be read back from the file.
 
     A method calls it before the rest of the row absorbs the block's error, so that rounding to the
     int8 grid is absorbed too. With "fp16" the block is returned as it is: its parameters have been
-    rounded where they were coded.
+    rounded where they were coded. With "int8-row" 127 is the largest |w| of the row.
+
+    Args:
+        levels: as in `Settings`.
+        W: the linear's weights, float32 `(rows, cols)`.
     """
-    if levels == "fp16":
-        return block
-    own, salient = on_int8_grid(block.levels, block.salient_levels)
-    return replace(block, levels=own, salient_levels=salient)
+    scale = row_scale(W) if levels == "int8-row" else None
+
+    def as_stored(block: CodedBlock) -> CodedBlock:
+        if levels == "fp16":
+            return block
+        own, salient = on_int8_grid(block.levels, block.salient_levels, scale)
+        return replace(block, levels=own, salient_levels=salient)
+
+    return as_stored
 
 
 def assemble(
@@ -102,7 +114,8 @@ def _tables(tables: list[LevelTable | None], dtype: torch.dtype | None) -> Level
     params = torch.cat([table.params for table in present], 1)
     scales = [table.scale for table in present if table.scale is not None]
     if scales:
-        return LevelTable(kind, groups, params, torch.cat(scales, 1))
+        shared = all(scale.equal(scales[0]) for scale in scales)
+        return LevelTable(kind, groups, params, scales[0] if shared else torch.cat(scales, 1))
     return LevelTable(kind, groups, params if dtype is None else params.to(dtype))
 
 

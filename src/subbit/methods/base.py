@@ -45,13 +45,14 @@ class Settings:
 
     Attributes:
         levels: how levels are stored: "fp16" parameters, or "int8" levels on one scale for each
-            row and column group (`codes.on_int8_grid`), which the fast kernels need.
+            row and column group (`codes.on_int8_grid`), which the fast kernels need, or
+            "int8-row", on one scale for each row, from its largest weight.
     """
 
     blocksize: int = 128
     percdamp: float = 0.01
     seed: int = 0
-    levels: Literal["fp16", "int8"] = "fp16"
+    levels: Literal["fp16", "int8", "int8-row"] = "fp16"
 
 
 class Method(ABC):
@@ -60,7 +61,7 @@ class Method(ABC):
     Class attributes say what `subbit methods` prints; `Opt` is its options' model. `nm_use` says
     whether it prunes: it needs an N:M, takes one or None, or takes None only. `int8_levels` says
     whether its levels can be stored as int8, which it then does block by block
-    (`assemble.as_stored`).
+    (`assemble.storing`).
     """
 
     name: ClassVar[str]
@@ -76,7 +77,7 @@ class Method(ABC):
     ) -> None:
         self.settings = settings or Settings()
         self.options = _parse(self.Opt, self.name, options or {})
-        if self.settings.levels == "int8":
+        if self.settings.levels != "fp16":
             self._check_int8()
 
     def check_nm(self, nm: tuple[int, int] | None) -> None:

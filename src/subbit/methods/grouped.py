@@ -13,7 +13,7 @@ from subbit.binarize.salient import column_limit
 from subbit.codes import CompressedLinear
 from subbit.errors import RecipeError
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, FittedPart, as_stored, assemble, code_block
+from subbit.methods.assemble import CodedBlock, FittedPart, assemble, code_block, storing
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import METRICS, PRUNING, Scorer, select, structure
 
@@ -113,11 +113,13 @@ class GroupedMethod(Method):
             if self.options.published:
                 mask, nm = torch.ones_like(mask), None
 
+        as_stored = storing(self.settings.levels, W)
+
         def compress_block(block: BlockView) -> CodedBlock:
             keep = mask[:, block.start : block.stop]
             if when == "inside":
                 keep = select(scorer(block), nm, pruning, by_row=scorer.by_row)
-            return as_stored(self._compress_block(block, keep), self.settings.levels)
+            return as_stored(self._compress_block(block, keep))
 
         blocks = run_blocks(W, factor, size, compress_block)
         kept, whole = structure(nm, pruning)

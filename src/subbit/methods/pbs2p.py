@@ -11,7 +11,7 @@ from subbit.binarize.salient import column_limit
 from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_block
+from subbit.methods.assemble import CodedBlock, assemble, code_block, storing
 from subbit.methods.base import LinearStats, Method, Options, damping_record
 from subbit.prune import BY_ROW, PRUNING, Scorer, pruning_ranks, structure
 
@@ -60,9 +60,10 @@ class PBS2P(Method):
         o = self.options
         factor = factorize(stats.H, self.settings.percdamp)
         scorer = self._scorer(W, factor, stats)
+        as_stored = storing(self.settings.levels, W)
 
         def compress_block(block: BlockView) -> CodedBlock:
-            return as_stored(self._compress_block(block, scorer(block), nm), self.settings.levels)
+            return as_stored(self._compress_block(block, scorer(block), nm))
 
         blocks = run_blocks(
             W,

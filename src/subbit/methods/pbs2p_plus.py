@@ -1,5 +1,6 @@
 """PBS2P with its avoidable losses taken out: our own options on top of the paper's."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from subbit.binarize.levels import fit_levels, fit_scale
 from subbit.binarize.refine import Coding, refine
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
 from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, as_stored
+from subbit.methods.assemble import CodedBlock, storing
 from subbit.methods.base import LinearStats
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
 
@@ -67,13 +68,14 @@ class PBS2PPlus(PBS2P):
         stored_nm, nm = nm, nm or _KEEP_ALL
         factor = factorize(stats.H, settings.percdamp)
         scorer = self._scorer(W, factor, stats)
+        as_stored = storing(settings.levels, W)
 
         fitted: list[CodedBlock] = []  # with float16 parameters, which a pass goes on from
 
         def compress_block(block: BlockView) -> CodedBlock:
             start = self._start(block, scorer(block), nm)
             fitted.append(self._refined(block.W, block.S, start, nm, o.sweeps))
-            return as_stored(fitted[-1], settings.levels)
+            return as_stored(fitted[-1])
 
         blocks = run_blocks(
             W,
@@ -85,7 +87,7 @@ class PBS2PPlus(PBS2P):
         )
         if o.passes:
             W = W.masked_fill(factor.dead, 0.0)
-            blocks = self._pass_over_all(W, factor.damped(), fitted, nm)
+            blocks = self._pass_over_all(W, factor.damped(), fitted, nm, as_stored)
         return self._assembled(blocks, stored_nm, factor)
 
     def _start(self, block: BlockView, score: Tensor, nm: tuple[int, int]) -> CodedBlock:
@@ -113,14 +115,19 @@ class PBS2PPlus(PBS2P):
         return coded(coding, block)
 
     def _pass_over_all(
-        self, W: Tensor, H: Tensor, fitted: list[CodedBlock], nm: tuple[int, int]
+        self,
+        W: Tensor,
+        H: Tensor,
+        fitted: list[CodedBlock],
+        nm: tuple[int, int],
+        as_stored: Callable[[CodedBlock], CodedBlock],
     ) -> list[CodedBlock]:
         """Sweep over the blocks, the others fixed: target `Q_b + R_b H_bb^-1`, R = (W - Q) H.
 
         A block is refined from float16 parameters; Q is what will be stored.
         """
-        fitted, levels = list(fitted), self.settings.levels
-        blocks = [as_stored(block, levels) for block in fitted]
+        fitted = list(fitted)
+        blocks = [as_stored(block) for block in fitted]
         Q = torch.cat([block.dense() for block in blocks], 1)
         R = (W - Q) @ H
         size = self.settings.blocksize
@@ -129,7 +136,7 @@ class PBS2PPlus(PBS2P):
                 b = slice(i * size, i * size + block.codes.shape[1])
                 target = Q[:, b] + torch.linalg.solve(H[b, b], R[:, b].T).T
                 fitted[i] = self._refined(target, H[b, b], block, nm, sweeps=1)
-                blocks[i] = as_stored(fitted[i], levels)
+                blocks[i] = as_stored(fitted[i])
                 change = blocks[i].dense() - Q[:, b]
                 R -= change @ H[b]
                 Q[:, b] += change

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from subbit.binarize.spbo import binarize_part
 from subbit.codes import CompressedLinear
-from subbit.methods.assemble import CodedBlock, as_stored, assemble, code_part
+from subbit.methods.assemble import CodedBlock, assemble, code_part, storing
 from subbit.methods.base import LinearStats, Method, Options
 
 __all__ = ["XNOR", "XNOROptions"]
@@ -40,11 +40,11 @@ class XNOR(Method):
     ) -> CompressedLinear:
         o = self.options
         size = min(o.group_size or W.shape[1], W.shape[1])
-        blocks = []
+        blocks, as_stored = [], storing(self.settings.levels, W)
         for block in W.split(size, 1):
             everything = torch.ones(1, *block.shape, dtype=torch.bool, device=W.device)
             part = binarize_part(block, everything, 1, means=o.mean)
             labels = torch.zeros_like(block, dtype=torch.uint8)
             coded = CodedBlock(*code_part(part, labels, o.mean))
-            blocks.append(as_stored(coded, self.settings.levels))
+            blocks.append(as_stored(coded))
         return assemble(blocks, size, None, {})

@@ -10,8 +10,8 @@ from subbit.errors import FormatError, nearest
 
 __all__ = ["FORMAT_VERSION", "BaseLayout", "Field", "bad_value", "check_int"]
 
-FORMAT_VERSION = 1
-"""Version of the byte layout; a change of any byte changes it."""
+FORMAT_VERSION = 2
+"""Version of the byte layout; a change of any byte changes it. 2 came with `row_scale`."""
 
 MAX_SIZE = 2**31 - 1
 

@@ -30,7 +30,7 @@ stream a row:
 
 With `int8` the levels themselves are stored in place of their parameters: `levels` and
 `salient_levels` are int8 `(rows, groups of columns, L)`, there is no `..._zero`, and `scale`,
-bfloat16 `(rows, groups of columns)`, multiplies both.
+bfloat16 `(rows, groups of columns)`, or with `row_scale` `(rows, 1)`, multiplies both.
 
 `sparse.py` has the table of 16-bit values under a mask.
 """
@@ -144,6 +144,7 @@ class Layout(BaseLayout):
         scaled_params: number S of parameters that these multiply, 0 = one factor for all levels.
         int8: True if levels are int8 on one scale for each row and column group; not with
             `salient_group_size` or `scaled_params`.
+        row_scale: True if that is one scale for all column groups, of which there are several.
 
     Raises:
         FormatError: a value that means nothing; the message names it.
@@ -162,6 +163,7 @@ class Layout(BaseLayout):
     column_scale: bool = False
     scaled_params: int = 0
     int8: bool = False
+    row_scale: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "group_size"):
@@ -182,6 +184,9 @@ class Layout(BaseLayout):
         if not isinstance(self.int8, bool) or (self.int8 and apart):
             wanted = "true or false, and false with scaled_params or salient_group_size"
             raise bad_value("int8", self.int8, wanted)
+        several = self.int8 and self.groups > 1
+        if not isinstance(self.row_scale, bool) or (self.row_scale and not several):
+            raise bad_value("row_scale", self.row_scale, "true or false, and false without groups")
 
     def _check_elements(self) -> None:
         if self.salient_elements is not None:
@@ -204,6 +209,11 @@ class Layout(BaseLayout):
     def groups(self) -> int:
         """Number of column groups that have a level record each."""
         return -(-self.cols // self.group_size)
+
+    @property
+    def scales(self) -> int:
+        """Scales of a row's int8 levels."""
+        return (1 if self.row_scale else self.groups) if self.int8 else 0
 
     @property
     def kept(self) -> int:
@@ -263,7 +273,7 @@ class Layout(BaseLayout):
         for extra in salient:
             table |= extra.fields(self.rows)
         if self.int8:
-            table["scale"] = Field((self.rows, self.groups), torch.bfloat16)
+            table["scale"] = Field((self.rows, self.scales), torch.bfloat16)
         if self.column_scale:
             factors = self.cols * max(self.scaled_params, 1)
             table["column_scale"] = Field((factors,), torch.float16)

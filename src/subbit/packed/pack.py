@@ -197,13 +197,14 @@ def _layout_of(linear: CompressedLinear) -> Layout:
         column_scale=linear.column_scale is not None,
         scaled_params=_scaled_params(linear.column_scale),
         int8=linear.levels.scale is not None,
+        row_scale=_one_scale(linear.levels),
     )
     for table, levels in zip(layout.tables(), (linear.levels, extra), strict=False):
         _check_levels(table, levels, layout.rows)
     if extra is not None:
         _check_shared_scale(linear.levels.scale, extra.scale)
     if linear.levels.scale is not None:
-        _check_params("scale", linear.levels.scale, (layout.rows, layout.groups), torch.bfloat16)
+        _check_params("scale", linear.levels.scale, (layout.rows, layout.scales), torch.bfloat16)
     if linear.column_scale is not None:
         _check_scale(linear.column_scale, layout)
     return layout
@@ -236,6 +237,11 @@ def _check_levels(table: Table, levels: LevelTable, rows: int) -> None:
             f"{name}: row {row}, column group {group} has a zero point that is no whole number "
             f"from 0 to {table.count - 1}."
         )
+
+
+def _one_scale(levels: LevelTable) -> bool:
+    scale = levels.scale
+    return scale is not None and scale.dim() == 2 and scale.shape[1] < levels.params.shape[1]
 
 
 def _scaled_params(scale: Tensor | None) -> int:

@@ -186,8 +186,7 @@ def _floor(layout: Layout, share: float) -> dict[str, float]:
         floor["second_sign"] += weight * density * log2(prod(others))
         floor["label"] += weight * density * log2(table.groups)
     floor["scales"] = sum(table.record_bits * table.records for table in layout.tables()) / cols
-    if layout.int8:
-        floor["scales"] += 16 * layout.groups / layout.cols
+    floor["scales"] += 16 * layout.scales / layout.cols
     if layout.column_scale:
         floor["scales"] += 16 * max(layout.scaled_params, 1) / rows
     return floor

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable, on_int8_grid
+from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable, on_int8_grid, row_scale
 from subbit.errors import FormatError
 from subbit.model import replace_module
 from subbit.packed.linear import PackedLinear
@@ -227,7 +227,11 @@ def _back_on_grid(
     linear: CompressedLinear, levels: LevelTable, salient_levels: LevelTable | None = None
 ) -> dict[str, LevelTable]:
     """Levels that learned as free ones as int8 levels of the kind they were."""
-    tables = on_int8_grid(levels, salient_levels)
+    scale = None
+    if linear.levels.scale.shape[1] == 1:
+        present = [table for table in (levels, salient_levels) if table is not None]
+        scale = row_scale(torch.cat([table.values().flatten(1) for table in present], 1))
+    tables = on_int8_grid(levels, salient_levels, scale)
     like = {"levels": linear.levels, "salient_levels": linear.salient_levels}
     return {
         name: replace(table, kind=old.kind, groups=old.groups)

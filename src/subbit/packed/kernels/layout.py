@@ -245,7 +245,8 @@ def _records(part: CompressedLinear, blocks: int, form: _Form) -> Tensor:
         if table is not None:
             shifted = table.params.view(torch.uint8) ^ 128  # int8 + 128
             records[..., start : start + shifted.shape[-1]] = shifted
-    records[..., -2:] = part.levels.scale.contiguous().view(torch.uint8).view(rows, ngroups, 2)
+    scale = part.levels.scale.expand(rows, ngroups).contiguous()  # it may be one for the row
+    records[..., -2:] = scale.view(torch.uint8).view(rows, ngroups, 2)
     return records[:, _group_of_block(part.group_size, ngroups, blocks)]
 
 
@@ -349,7 +350,7 @@ def _compressed(
     layout: Layout, codes: Tensor, levels: Tensor, scale: Tensor, flags: Tensor
 ) -> CompressedLinear:
     blocks = torch.arange(layout.groups) * layout.group_size // BLOCK  # the first of each group
-    levels, scale = levels[:, blocks], scale[:, blocks].contiguous()
+    levels, scale = levels[:, blocks], scale[:, blocks[: layout.scales]].contiguous()
     counts = layout.level_counts()
     salient, salient_levels = None, None
     if layout.salient is not None:
