@@ -45,8 +45,9 @@ def recipe_bits(recipe: Recipe) -> BitReport:
     fields there are; no size is written down anywhere.
     """
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(8, 128, generator=generator)
-    X = torch.randn(256, 128, generator=generator) * torch.linspace(0.2, 2, 128)
+    cols = 256  # two blocks: what a whole row shares shows
+    W = torch.randn(8, cols, generator=generator)
+    X = torch.randn(2 * cols, cols, generator=generator) * torch.linspace(0.2, 2, cols)
     fields = METHODS[recipe.method].Opt.model_fields
     options = recipe.options | {k: v for k, v in _QUICK.items() if k in fields}
     settings = Settings(recipe.blocksize, recipe.percdamp, levels=recipe.levels)
