@@ -181,3 +181,24 @@ def test_the_first_token_counts_what_it_is_told_to():
         first = torch.stack(inputs[name][-NSAMPLES:]) if inputs[name] else None
         expected = equal[name].H + 4 * first.T @ first
         assert torch.allclose(heavy[name].H, expected, rtol=1e-3, atol=1e-4), name
+
+
+def test_gradients_weigh_tokens():
+    calibrator, linears = prepared("llama", "calibration.sequential=true")
+    seen = [round_ for round_ in calibrator.rounds(0, linears)]
+    rng = torch.Generator().manual_seed(1)
+    matters = {name: torch.rand(NSAMPLES, SEQLEN, generator=rng) for name in linears}
+    weighted, same = prepared("llama", "calibration.sequential=true")
+    weighted.gradients = [matters] * 3
+    for plain, round_ in zip(seen, weighted.rounds(0, same), strict=True):
+        for name in round_:
+            assert not torch.allclose(plain[name].H, round_[name].H)
+    name = list(round_)[-1]  # reads an input of its own
+    weighted.gradients = [{key: torch.full_like(matters[key], 3.0) for key in matters}] * 3
+    *_, last = weighted.rounds(0, same)
+    assert torch.allclose(last[name].H, plain[name].H, rtol=1e-5, atol=1e-5)  # equal: mean 1
+    only = torch.zeros(NSAMPLES, SEQLEN)
+    only[1, 5] = 1
+    weighted.gradients = [dict.fromkeys(matters, only)] * 3
+    *_, last = weighted.rounds(0, same)
+    assert torch.linalg.matrix_rank(last[name].H) == 1

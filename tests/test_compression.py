@@ -197,6 +197,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(how, folder, text, tmp_path):
     assert torch.equal(logits(result.model), logits(subbit.load(tmp_path / "cut")))
 
 
+def test_gradients_choose_what_tokens_count(folder, text, tmp_path):
+    change = ["calibration.tokens=gradient"]
+    results = [compress(folder, text, out=tmp_path / name, overrides=change) for name in "ab"]
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    assert results[0].report["seconds"]["gradients"] > 0
+    compress(folder, text, out=tmp_path / "plain")
+    assert weights_of(tmp_path / "a") != weights_of(tmp_path / "plain")
+
+
 def test_a_changed_model_does_not_resume(folder, text, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     args = [sys.executable, "-c", _CUT, str(folder), text, str(tmp_path / "cut"), "SIGKILL", *SMALL]

@@ -26,6 +26,9 @@ Statistics = dict[str, GramAccumulator]
 class Calibrator:
     """The calibration tokens on their way through the model.
 
+    Args:
+        gradients: what every token counts by block and linear (`model.token_gradients`), or None.
+
     Attributes:
         hidden: hidden states `(nsamples, seqlen, width)` of the compressed model that enter the
             block at hand, on the CPU.
@@ -40,7 +43,9 @@ class Calibrator:
         calls: list[BlockCall],
         hidden: Tensor,
         device: torch.device,
+        gradients: list[dict[str, Tensor]] | None = None,
     ) -> None:
+        self.gradients = gradients
         self.asymmetry, self.sequential = recipe.asymmetry, recipe.calibration.sequential
         self.relative = recipe.calibration.tokens == "relative"
         self.first_token = recipe.calibration.first_token
@@ -70,7 +75,7 @@ class Calibrator:
             linears: those to be compressed, by name.
             advance: called with 1 after every window and pass.
         """
-        weighted = self.relative or self.first_token != 1
+        weighted = self.relative or self.first_token != 1 or self.gradients is not None
         if not (self.sequential or weighted) and self.originals is None:
             yield capture_inputs(
                 self.blocks.modules[i],
@@ -172,6 +177,7 @@ class Calibrator:
         """Statistics of some linears on the compressed model's hidden states."""
         groups = [group for group in found.groups if group[0] in names]
         leaders = [group[0] for group in groups]
+        matters = {group[0]: self._matters(i, group) for group in groups}
         statistics: Statistics = {}
         looks = look_at_windows(
             self.blocks.modules[i],
@@ -190,7 +196,7 @@ class Calibrator:
                     make = PairAccumulator if name in originals else GramAccumulator
                     statistics[name] = make(x.shape[-1], self.device)
                 stream = look.before.get(name)
-                weight = self._weight(x, stream)
+                weight = self._weight(x, stream, matters[name], n)
                 if name not in originals:
                     statistics[name].add(x, weight)
                     continue
@@ -199,12 +205,24 @@ class Calibrator:
                 statistics[name].add_pair(x, original, gap, weight)
         return {name: statistics[group[0]] for group in groups for name in group}
 
-    def _weight(self, x: Tensor, stream: Tensor | None) -> Tensor | None:
-        """What each token of a window counts, float32 `(tokens,)`; None = all the same."""
-        if self.first_token == 1 and (stream is None or not self.relative):
+    def _matters(self, i: int, group: tuple[str, ...]) -> Tensor | None:
+        """By the gradients of linears that share an input, what each token counts, mean 1."""
+        if self.gradients is None:
+            return None
+        total = torch.stack([self.gradients[i][name] for name in group]).sum(0)
+        return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
+
+    def _weight(
+        self, x: Tensor, stream: Tensor | None, matters: Tensor | None, n: int
+    ) -> Tensor | None:
+        """What each token of window n counts, float32 `(tokens,)`; None = all the same."""
+        relative = self.relative and stream is not None
+        if self.first_token == 1 and not relative and matters is None:
             return None
         weight = torch.ones(len(x), device=x.device)
-        if self.relative and stream is not None:
+        if matters is not None:
+            weight = matters[n].to(x.device, copy=True)
+        elif relative:
             weight = _relative(stream)
         weight[0] *= self.first_token
         return weight

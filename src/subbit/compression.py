@@ -40,6 +40,7 @@ from subbit.model import (
     load_model,
     record_calls,
     replace_module,
+    token_gradients,
     weight_of,
 )
 from subbit.packed.layout import FORMAT_VERSION
@@ -285,6 +286,8 @@ class _Job:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
         others = count * len(self.tokens) + self.coarse + self._steps_of_model
+        if self._by_gradient:
+            others += 4 * count * len(self.tokens)
         return others + sum(map(self._steps_of_block, range(count)))
 
     @property
@@ -308,7 +311,8 @@ class _Job:
         started = time.monotonic()
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
-        calibrator = Calibrator(self.recipe, self.blocks, calls, hidden, self.device)
+        gradients = self._token_gradients(calls, hidden, bar)
+        calibrator = Calibrator(self.recipe, self.blocks, calls, hidden, self.device, gradients)
         self.passes = calibrator.passes(self.linears[0])
         bar.resize(self.steps)
         kept = self._coarse_stage(calls, hidden, bar)
@@ -332,6 +336,29 @@ class _Job:
             log.close()
         self._finish(kept, time.monotonic() - started)
         return self.result
+
+    @property
+    def _by_gradient(self) -> bool:
+        return self.recipe.calibration.tokens == "gradient"
+
+    def _token_gradients(
+        self, calls: list, hidden: Tensor, bar: Progress
+    ) -> list[dict[str, Tensor]] | None:
+        """What every token counts for each linear, where gradients decide."""
+        if not self._by_gradient:
+            return None
+        bar.phase("what each token matters")
+        with self._stage("gradients"):
+            return token_gradients(
+                self.model,
+                self.blocks,
+                self.linears,
+                hidden,
+                calls,
+                self.tokens,
+                device=self.device,
+                advance=bar.advance,
+            )
 
     def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> Kept | None:
         """How many of every M weights each linear keeps; None where no weight is pruned."""

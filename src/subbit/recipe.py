@@ -103,7 +103,9 @@ class CalibrationSpec(_Spec):
             block's linears all see the block as it was.
         tokens: "equal": every token counts the same, as in all papers; "relative": for a linear
             whose output is added to the hidden states, a token counts by 1 / their mean square,
-            since the normalisation that follows divides by it.
+            since the normalisation that follows divides by it; "gradient": for each input, by the
+            squared gradient of the text's log-likelihood in what the linears put out, in the
+            original model, at the price of a run there and back.
         first_token: what the first token of every window counts, in tokens. Attention of most
             models rests on it, so an error in its keys and values reaches all others.
     """
@@ -115,7 +117,7 @@ class CalibrationSpec(_Spec):
     sample: Literal["first", "random"] = "first"
     seed: int = Field(0, ge=0)
     sequential: bool = False
-    tokens: Literal["equal", "relative"] = "equal"
+    tokens: Literal["equal", "relative", "gradient"] = "equal"
     first_token: float = Field(1.0, ge=0)
 
 

@@ -4,6 +4,7 @@ No model family is named anywhere: blocks and linears are found, and what a bloc
 is recorded from the model's own forward pass.
 """
 
+from subbit.model.backward import backward, token_gradients
 from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_module, weight_of
 from subbit.model.calls import BlockCall
 from subbit.model.capture import block_similarities, capture_inputs, run_block
@@ -21,6 +22,7 @@ __all__ = [
     "Look",
     "ModelEnd",
     "Wiring",
+    "backward",
     "block_similarities",
     "capture_inputs",
     "check_coverage",
@@ -36,6 +38,7 @@ __all__ = [
     "record_calls",
     "replace_module",
     "run_block",
+    "token_gradients",
     "weight_of",
     "wiring",
 ]

@@ -49,6 +49,12 @@ class ModelEnd:
         with self._without_blocks(hidden[None]):
             return self._run(len(hidden))
 
+    def parts(self, count: int) -> Iterator[slice]:
+        """A number of positions, so many at once that their logits take little memory."""
+        step = positions_at_once(self.vocabulary)
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
+
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Have everything outside the blocks on a device for a while."""

@@ -1,17 +1,15 @@
 """Tune all compressed blocks together towards what the original model predicts.
 
 The last stage of a run (`refit.model_steps` in a recipe): Adam on the KL divergence of the next
-token's distribution from the original model's, over the calibration windows. A block is run forward
-without a graph and once more, with one, on the way back, so that no more than one block's graph is
-ever held and blocks can be on a GPU one at a time.
+token's distribution from the original model's, over the calibration windows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from subbit.model import BlockCall, Blocks, ModelEnd, positions_at_once
+from subbit.model import BlockCall, Blocks, ModelEnd, backward
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
@@ -88,7 +86,7 @@ class _Job:
                     x = hidden[n : n + 1].to(place, copy=True)
                     hidden[n] = here.run(learner.block, x)[0]
                     self.advance(1)
-        windows = ((n, part) for n in range(count) for part in self._parts())
+        windows = ((n, part) for n in range(count) for part in self._parts)
         return sum(float(self._divergence(hidden[n], n, part)) for n, part in windows) / count
 
     def descend(self) -> None:
@@ -112,26 +110,21 @@ class _Job:
 
     def _differentiate(self, n: int) -> None:
         """Leave the gradients of window n in the parameters that learn."""
-        entering = [self.hidden[n : n + 1]]
-        for learner, call in zip(self.learners, self.calls, strict=True):
-            with placed(learner.block, self.device) as place, torch.no_grad():
-                out = call.to(place).run(learner, entering[-1].to(place, copy=True))
-            entering.append(out.to(self.hidden.device))
-            self.advance(1)
-        gradient = self._gradient(entering.pop(), n)
-        for learner, call in zip(reversed(self.learners), reversed(self.calls), strict=True):
-            with placed(learner.block, self.device) as place, torch.enable_grad():
-                x = entering.pop().to(place, copy=True).requires_grad_()
-                # a block may work in place, which a leaf would not take
-                call.to(place).run(learner, x.clone()).backward(gradient.to(place))
-            gradient = x.grad.to(self.hidden.device)
-            self.advance(3)
+        backward(
+            self.learners,
+            [learner.block for learner in self.learners],
+            self.calls,
+            self.hidden[n : n + 1],
+            lambda leaving: self._gradient(leaving, n),
+            device=self.device,
+            advance=self.advance,
+        )
 
     def _gradient(self, leaving: Tensor, n: int) -> Tensor:
         """Gradient of window n's divergence in what leaves the last block `(1, seqlen, width)`."""
         leaf = leaving.detach().requires_grad_()
         with torch.enable_grad():
-            for part in self._parts():
+            for part in self._parts:
                 self._divergence(leaf[0], n, part).backward()
         return leaf.grad
 
@@ -144,8 +137,6 @@ class _Job:
         sums = nn.functional.kl_div(given, wanted, log_target=True, reduction="sum")
         return sums / len(target)
 
-    def _parts(self) -> Iterator[slice]:
-        """The tokens of a window, so many at once that their logits take little memory."""
-        step = positions_at_once(self.end.vocabulary)
-        for start in range(0, self.hidden.shape[1], step):
-            yield slice(start, start + step)
+    @property
+    def _parts(self) -> list[slice]:
+        return list(self.end.parts(self.hidden.shape[1]))

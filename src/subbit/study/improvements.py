@@ -60,6 +60,8 @@ _CHOICES = {
     "all-linears": ["asymmetry.linears=all"],
     "no-residual": ["asymmetry.residual=false"],
     "relative-tokens": ["calibration.tokens=relative"],
+    "gradient-tokens": ["calibration.tokens=gradient", "calibration.first_token=1"],
+    "gradient-and-first-token": ["calibration.tokens=gradient"],
     "first-token-1": ["calibration.first_token=1"],
     "first-token-100": ["calibration.first_token=100"],
     "not-sequential": ["calibration.sequential=false"],

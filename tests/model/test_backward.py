@@ -1,0 +1,56 @@
+"""Gradients block by block are those of the whole model."""
+
+import pytest
+import torch
+
+from subbit.model import find_blocks, find_linears, first_inputs, record_calls, token_gradients
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def looked_at(family):
+    """The model, its linears by block, token ids, and what every token matters to each linear."""
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 16), generator=generator)
+    blocks = find_blocks(model)
+    linears = [find_linears(block) for block in blocks.modules]
+    calls, hidden = record_calls(model, blocks, tokens), first_inputs(model, blocks, tokens)
+    found = token_gradients(model, blocks, linears, hidden, calls, tokens, device=CPU)
+    return model, linears, tokens, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_tokens_matter_is_what_the_whole_model_says(family):
+    model, linears, tokens, found = looked_at(family)
+    outputs = {}
+
+    def keep(key):
+        return lambda module, args, output: outputs.__setitem__(key, output)
+
+    handles = [
+        linear.register_forward_hook(keep((i, name)))
+        for i, own in enumerate(linears)
+        for name, linear in own.items()
+    ]
+    for n, ids in enumerate(tokens):
+        with torch.enable_grad():
+            model.requires_grad_(True)
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+            gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for (i, name), gradient in zip(outputs, gradients, strict=True):
+            wanted = gradient.square().sum(-1).flatten()
+            assert torch.allclose(found[i][name][n], wanted, rtol=1e-3, atol=1e-6 * wanted.max())
+    for handle in handles:
+        handle.remove()
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("llama")
+    wants = {name: p.requires_grad for name, p in model.named_parameters()}
+    model, linears, _, _ = looked_at("llama")
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and parameter.requires_grad == wants[name]
+    assert not any(linear._forward_hooks for own in linears for linear in own.values())
