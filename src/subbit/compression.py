@@ -322,12 +322,13 @@ class _Job:
         for i, block in enumerate(self.blocks.modules):
             bar.update(block=i + 1, nblocks=count)
             if self.workdir is not None and i < self.workdir.committed:
-                calibrator.propagate_original(i)
+                if not self._is_done:
+                    calibrator.propagate_original(i)
                 self._restore(i)
                 bar.skip(self._steps_of_block(i))
             else:
                 self._compress_block(i, calibrator, None if kept is None else kept[i], bar, log)
-            if i + 1 < count:  # nobody looks at what the last block puts out
+            if i + 1 < count and not self._is_done:  # nobody looks at what the last one puts out
                 with self._stage("propagate"), dense_cache(block):
                     calibrator.propagate(i, bar.advance)
         if self.recipe.refit.model_steps:
@@ -345,7 +346,7 @@ class _Job:
         self, calls: list, hidden: Tensor, bar: Progress
     ) -> list[dict[str, Tensor]] | None:
         """What every token counts for each linear, where gradients decide."""
-        if not self._by_gradient:
+        if not self._by_gradient or self._is_done:
             return None
         bar.phase("what each token matters")
         with self._stage("gradients"):
@@ -516,6 +517,14 @@ class _Job:
     def _is_refitted(self) -> bool:
         """Whether all blocks are committed as refitting the model left them."""
         return self.workdir.committed == 2 * len(self.blocks.modules)
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether all that is to be committed is: only the writing was cut off."""
+        rounds = 2 if self.recipe.refit.model_steps else 1
+        return self.workdir is not None and self.workdir.committed == rounds * len(
+            self.blocks.modules
+        )
 
     def _commit_again(self) -> None:
         """Commit the refitted blocks behind the others; those an interrupted run has are there."""

@@ -58,6 +58,7 @@ def draw(title: str, records: list[dict[str, Any]], path: Path) -> None:
     axes.set(
         title=title, xlabel="stored bits a weight", ylabel="perplexity, WikiText-2", yscale="log"
     )
+    axes.margins(x=0.12)  # room for the names
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
