@@ -5,9 +5,10 @@ import shutil
 import struct
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_models import packed_names
+from packed_models import logits, packed_names
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -104,18 +105,25 @@ def test_a_senseless_manifest_is_refused(content, folders, copy_of, nothing_runs
 def test_a_manifest_from_the_future_is_refused(folders, copy_of, nothing_runs):
     folder = copy_of(folders("llama"))
     write_manifest(folder, 99)
-    with pytest.raises(FormatError, match=r"version 99.*up to 1; upgrade subbit"):
+    with pytest.raises(FormatError, match=r"version 99.*up to 2; upgrade subbit"):
         load(folder)
 
 
 @pytest.mark.parametrize("entry", [load, AutoModelForCausalLM.from_pretrained])
-@pytest.mark.parametrize("version", [2, 99, "x", None, True])
+@pytest.mark.parametrize("version", [3, 99, "x", None, True])
 def test_a_config_from_the_future_is_refused(version, entry, folders, copy_of):
     folder = copy_of(folders("llama"))
     edit_config(folder, format_version=version)
     write_manifest(folder, 1)
     with pytest.raises(FormatError, match=rf"version {version}.*upgrade subbit"):
         entry(folder)
+
+
+def test_a_folder_of_the_first_version_loads(folders, copy_of):
+    folder = copy_of(folders("llama"))
+    edit_config(folder, format_version=1)
+    write_manifest(folder, 1)
+    assert torch.equal(logits(load(folder)), logits(load(folders("llama"))))
 
 
 def test_an_intended_edit_is_accepted_with_a_new_manifest(folders, copy_of):

@@ -12,6 +12,7 @@ import subbit
 from subbit.errors import ModelError
 from subbit.hub.load import is_packed, load, load_tokenizer
 from subbit.hub.save import save_packed
+from subbit.packed import FORMAT_VERSION
 from tiny_models import tiny_tokenizer
 
 FAMILIES = ["llama", "llama-gqa", "opt", "gpt2", "gemma", "phi3", "gpt-neox"]
@@ -51,7 +52,7 @@ def test_no_dense_weight_of_a_packed_linear_is_stored(family, folders):
     assert len(names) >= 12
     weights = [name for name in names if f"{name}.weight" in tensors]
     assert len(weights) == 1, "one guard tensor and no more"
-    assert tensors[f"{weights[0]}.weight"].tolist() == [1]
+    assert tensors[f"{weights[0]}.weight"].tolist() == [FORMAT_VERSION]
     for name in names:
         own = {key for key in tensors if key.startswith(f"{name}.")} - {f"{name}.weight"}
         fields = set(model.get_submodule(name).fields())
