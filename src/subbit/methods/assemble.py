@@ -114,6 +114,7 @@ def _tables(tables: list[LevelTable | None], dtype: torch.dtype | None) -> Level
     params = torch.cat([table.params for table in present], 1)
     scales = [table.scale for table in present if table.scale is not None]
     if scales:
+        # of "int8-row", or alike by chance: kept once, nothing is lost
         shared = all(scale.equal(scales[0]) for scale in scales)
         return LevelTable(kind, groups, params, scales[0] if shared else torch.cat(scales, 1))
     return LevelTable(kind, groups, params if dtype is None else params.to(dtype))

@@ -32,6 +32,7 @@ columns has no B: 352. All `flags` are 0. The number of bytes says which layout 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -139,6 +140,12 @@ def sizes(rows: int, cols: int, bits: int = 3) -> tuple[int, int]:
     return strips * _FORMS[bits].stride(cols), full * BLOCK + half * BLOCK // 2 + 1
 
 
+@cache
+def _known_sizes(rows: int, cols: int) -> tuple[dict[int, int], int]:
+    """Bytes of `tiles` -> bits of a code, and bytes of `flags`; asked for at every product."""
+    return {sizes(rows, cols, bits)[0]: bits for bits in _FORMS}, sizes(rows, cols)[1]
+
+
 def check_sizes(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> int:
     """Refuse bytes that are no linear `(rows, cols)`.
 
@@ -148,10 +155,8 @@ def check_sizes(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> int:
     Raises:
         ValueError: bytes too few or too many, or no bytes.
     """
-    forms = {sizes(rows, cols, bits)[0]: bits for bits in _FORMS}
-    width = sizes(rows, cols)[1]
-    wanted = (("tiles", tiles, list(forms)), ("flags", flags, [width]))
-    for name, tensor, counts in wanted:
+    forms, width = _known_sizes(rows, cols)
+    for name, tensor, counts in (("tiles", tiles, forms), ("flags", flags, (width,))):
         if tensor.dtype != torch.uint8 or tensor.numel() not in counts:
             raise ValueError(
                 f"{name} of a linear ({rows}, {cols}) must be {' or '.join(map(str, counts))} "
