@@ -206,6 +206,22 @@ def test_gradients_choose_what_tokens_count(folder, text, tmp_path):
     assert weights_of(tmp_path / "a") != weights_of(tmp_path / "plain")
 
 
+def test_gradients_choose_which_outputs_count(folder, text, tmp_path):
+    plus = {"recipe": "pbs2p-plus-6-8", "overrides": ["calibration.outputs=gradient"]}
+    whole = compress(folder, text, out=tmp_path / "whole", **plus)
+    assert whole.report["seconds"]["gradients"] > 0
+    compress(folder, text, "pbs2p-plus-6-8", out=tmp_path / "plain")
+    assert weights_of(tmp_path / "whole") != weights_of(tmp_path / "plain")
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    script = _CUT.replace("pbs2p-4-8", "pbs2p-plus-6-8")
+    args = [sys.executable, "-c", script, str(folder), text, str(tmp_path / "cut"), "SIGKILL"]
+    subprocess.run([*args, *SMALL, *plus["overrides"]], env=env, capture_output=True, check=False)
+    compress(folder, text, out=tmp_path / "cut", resume="required", **plus)
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    with pytest.raises(RecipeError, match=r"calibration\.outputs"):
+        compress(folder, text, out=tmp_path / "none", overrides=plus["overrides"])
+
+
 def test_a_changed_model_does_not_resume(folder, text, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     args = [sys.executable, "-c", _CUT, str(folder), text, str(tmp_path / "cut"), "SIGKILL", *SMALL]

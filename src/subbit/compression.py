@@ -38,6 +38,7 @@ from subbit.model import (
     first_inputs,
     is_skipped,
     load_model,
+    output_grams,
     record_calls,
     replace_module,
     token_gradients,
@@ -147,6 +148,8 @@ def compress(
         Settings(recipe.blocksize, recipe.percdamp, recipe.calibration.seed, recipe.levels),
     )
     method.check_nm(recipe.nm)
+    if recipe.calibration.outputs == "gradient":
+        method.check_outputs()
     if out is not None:
         check_output(Path(out), resume)
     place = _device(device)
@@ -277,6 +280,7 @@ class _Job:
             }
             for i, block in enumerate(blocks.modules)
         ]
+        self.outputs: list[dict[str, GramAccumulator]] = [{} for _ in self.linears]
         self.seconds: dict[str, float] = {}
         self.passes = 1
         self.coarse = 0  # steps of the coarse stage
@@ -286,8 +290,7 @@ class _Job:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
         others = count * len(self.tokens) + self.coarse + self._steps_of_model
-        if self._by_gradient:
-            others += 4 * count * len(self.tokens)
+        others += 4 * count * len(self.tokens) * (self._by_token + self._by_output)
         return others + sum(map(self._steps_of_block, range(count)))
 
     @property
@@ -312,6 +315,7 @@ class _Job:
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
         gradients = self._token_gradients(calls, hidden, bar)
+        self._look_at_outputs(calls, hidden, bar)
         calibrator = Calibrator(self.recipe, self.blocks, calls, hidden, self.device, gradients)
         self.passes = calibrator.passes(self.linears[0])
         bar.resize(self.steps)
@@ -339,14 +343,18 @@ class _Job:
         return self.result
 
     @property
-    def _by_gradient(self) -> bool:
+    def _by_token(self) -> bool:
         return self.recipe.calibration.tokens == "gradient"
+
+    @property
+    def _by_output(self) -> bool:
+        return self.recipe.calibration.outputs == "gradient"
 
     def _token_gradients(
         self, calls: list, hidden: Tensor, bar: Progress
     ) -> list[dict[str, Tensor]] | None:
         """What every token counts for each linear, where gradients decide."""
-        if not self._by_gradient or self._is_done:
+        if not self._by_token or self._is_done:
             return None
         bar.phase("what each token matters")
         with self._stage("gradients"):
@@ -354,6 +362,24 @@ class _Job:
                 self.model,
                 self.blocks,
                 self.linears,
+                hidden,
+                calls,
+                self.tokens,
+                device=self.device,
+                advance=bar.advance,
+            )
+
+    def _look_at_outputs(self, calls: list, hidden: Tensor, bar: Progress) -> None:
+        """What the outputs of every linear that is still to be compressed matter."""
+        if not self._by_output or self._is_done:
+            return
+        bar.phase("what each output matters")
+        committed = 0 if self.workdir is None else self.workdir.committed
+        with self._stage("gradients"):
+            self.outputs = output_grams(
+                self.model,
+                self.blocks,
+                [own if i >= committed else {} for i, own in enumerate(self.linears)],
                 hidden,
                 calls,
                 self.tokens,
@@ -422,7 +448,8 @@ class _Job:
                     W = weight_of(linears[name]).to(self.device, torch.float32)
                     W = calibrator.target(W, stats[name])
                     nm = None if kept is None else (kept[name], self.recipe.nm[1])
-                    packed, record = self._compress_linear(full, linears[name], W, stats[name], nm)
+                    known = self._known(full, stats[name], self.outputs[i].pop(name, None))
+                    packed, record = self._compress_linear(linears[name], W, known, nm)
                     seconds = time.monotonic() - begun
                 replace_module(block, name, packed)
                 packed.keep_dense = True  # the next round of a sequential calibration runs it
@@ -448,15 +475,17 @@ class _Job:
         with self._stage("capture"):
             return next(rounds, None)
 
+    def _known(
+        self, name: str, inputs: GramAccumulator, outputs: GramAccumulator | None
+    ) -> LinearStats:
+        """What calibration says about a linear."""
+        G = None if outputs is None else outputs.H.to(self.device)
+        return LinearStats(inputs.H, inputs.tokens, name, inputs.mean, G)
+
     def _compress_linear(
-        self,
-        name: str,
-        linear: nn.Module,
-        W: Tensor,
-        gram: GramAccumulator,
-        nm: tuple[int, int] | None,
+        self, linear: nn.Module, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
     ) -> tuple[PackedLinear, dict[str, Any]]:
-        result = self.method.compress(W, LinearStats(gram.H, gram.tokens, name, gram.mean), nm)
+        result = self.method.compress(W, stats, nm)
         packed = PackedLinear.from_compressed(result, linear.bias, self.model.dtype)
         packed.to(weight_of(linear).device)
         bits = packed.bits()

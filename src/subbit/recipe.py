@@ -106,6 +106,10 @@ class CalibrationSpec(_Spec):
             since the normalisation that follows divides by it; "gradient": for each input, by the
             squared gradient of the text's log-likelihood in what the linears put out, in the
             original model, at the price of a run there and back.
+        outputs: "equal": a linear's outputs count alike and by themselves, as in all papers;
+            "gradient": by the gradients of the text's log-likelihood in them, in the original
+            model, so that rows make up for each other's errors; at the price of a run there and
+            back, and of a `(rows, rows)` matrix in memory for each linear.
         first_token: what the first token of every window counts, in tokens. Attention of most
             models rests on it, so an error in its keys and values reaches all others.
     """
@@ -118,6 +122,7 @@ class CalibrationSpec(_Spec):
     seed: int = Field(0, ge=0)
     sequential: bool = False
     tokens: Literal["equal", "relative", "gradient"] = "equal"
+    outputs: Literal["equal", "gradient"] = "equal"
     first_token: float = Field(1.0, ge=0)
 
 

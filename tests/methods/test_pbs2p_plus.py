@@ -1,11 +1,13 @@
 """Every ingredient of pbs2p-plus pays, and with all of them off it is pbs2p."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from problems import PROBLEMS, problem
 
+from subbit.errors import ModelError, NonFiniteError, RecipeError
 from subbit.methods import Settings, make_method
 from subbit.packed.pack import pack, unpack
 
@@ -129,3 +131,54 @@ def test_ternary_levels_are_symmetric_about_zero():
     values = run(nm=None, codebook="ternary").levels.values()
     assert torch.equal(values, -values.flip(-1))
     assert (values[..., 2] > 0).all()
+
+
+def felt(W):
+    """Gradients of which neighbouring outputs feel much the same."""
+    generator = torch.Generator().manual_seed(3)
+    g = torch.randn(300, len(W), generator=generator)
+    g = g + 2 * g.roll(1, 1) + g.roll(2, 1)
+    return g.T @ g
+
+
+def output_loss(W, result, stats, G):
+    E = W - result.dequantize()
+    return float((G @ E @ stats.H * E).sum())
+
+
+@pytest.mark.parametrize("levels", ["fp16", "int8", "int8-row"])
+@pytest.mark.parametrize("codebook", ["free", "ternary", "binary"])
+def test_rows_make_up_for_each_other(levels, codebook):
+    W, stats = problem("plain")
+    G = felt(W)
+    method = make_method("pbs2p-plus", {"codebook": codebook}, replace(SETTINGS, levels=levels))
+    alone = method.compress(W, stats, (6, 8))
+    together = method.compress(W, replace(stats, G=G), (6, 8))
+    assert output_loss(W, together, stats, G) < 0.8 * output_loss(W, alone, stats, G)
+    layout, tensors = pack(together)
+    assert torch.equal(unpack(layout, tensors).dequantize(), together.dequantize())
+    again = method.compress(W, replace(stats, G=G), (6, 8))
+    assert torch.equal(again.codes, together.codes) and again.record == together.record
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_rows_in_groups_whatever_the_linear(name):
+    W, stats = problem(name)
+    method = make_method("pbs2p-plus", {}, replace(SETTINGS, levels="int8"))
+    result = method.compress(W, replace(stats, G=felt(W)), (6, 8))
+    assert result.shape == W.shape and torch.isfinite(result.dequantize()).all()
+    layout, tensors = pack(result)
+    assert torch.equal(unpack(layout, tensors).codes, result.codes)
+
+
+def test_gradients_that_do_nothing_are_refused():
+    W, stats = problem("plain")
+    with_G = replace(stats, G=felt(W))
+    for options, word in (({"codebook": "groups"}, "groups"), ({"pruning": "structured"}, "str")):
+        with pytest.raises(RecipeError, match=word):
+            make_method("pbs2p-plus", options, SETTINGS).compress(W, with_G, (6, 8))
+    with pytest.raises(ModelError, match="G"):
+        make_method("pbs2p-plus", {}, SETTINGS).compress(W, replace(stats, G=stats.H), (6, 8))
+    bad = replace(stats, G=felt(W) * float("nan"))
+    with pytest.raises(NonFiniteError, match="gradients"):
+        make_method("pbs2p-plus", {}, SETTINGS).compress(W, bad, (6, 8))

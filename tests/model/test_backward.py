@@ -3,27 +3,33 @@
 import pytest
 import torch
 
-from subbit.model import find_blocks, find_linears, first_inputs, record_calls, token_gradients
+from subbit.model import (
+    find_blocks,
+    find_linears,
+    first_inputs,
+    output_grams,
+    record_calls,
+    token_gradients,
+)
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 CPU = torch.device("cpu")
 
 
-def looked_at(family):
-    """The model, its linears by block, token ids, and what every token matters to each linear."""
+def looked_at(family, look=token_gradients):
+    """The model, its linears by block, token ids, and what was found by block and linear."""
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB_SIZE, (2, 16), generator=generator)
     blocks = find_blocks(model)
     linears = [find_linears(block) for block in blocks.modules]
     calls, hidden = record_calls(model, blocks, tokens), first_inputs(model, blocks, tokens)
-    found = token_gradients(model, blocks, linears, hidden, calls, tokens, device=CPU)
+    found = look(model, blocks, linears, hidden, calls, tokens, device=CPU)
     return model, linears, tokens, found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_tokens_matter_is_what_the_whole_model_says(family):
-    model, linears, tokens, found = looked_at(family)
+def whole_gradients(model, linears, tokens):
+    """Window, block, linear and the gradient in its output `(tokens, outputs)`, by autograd."""
     outputs = {}
 
     def keep(key):
@@ -41,10 +47,31 @@ def test_what_tokens_matter_is_what_the_whole_model_says(family):
             loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
             gradients = torch.autograd.grad(loss, list(outputs.values()))
         for (i, name), gradient in zip(outputs, gradients, strict=True):
-            wanted = gradient.square().sum(-1).flatten()
-            assert torch.allclose(found[i][name][n], wanted, rtol=1e-3, atol=1e-6 * wanted.max())
+            yield n, i, name, gradient.flatten(0, -2)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_tokens_matter_is_what_the_whole_model_says(family):
+    model, linears, tokens, found = looked_at(family)
+    for n, i, name, gradient in whole_gradients(model, linears, tokens):
+        wanted = gradient.square().sum(-1)
+        assert torch.allclose(found[i][name][n], wanted, rtol=1e-3, atol=1e-6 * wanted.max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_outputs_matter_is_what_the_whole_model_says(family):
+    model, linears, tokens, found = looked_at(family, output_grams)
+    wanted = {}
+    for _, i, name, gradient in whole_gradients(model, linears, tokens):
+        size = gradient.square().sum(-1, keepdim=True)
+        cut = gradient * (4 * size[size > 0].median() / size.clamp_min(1e-30)).clamp_max(1).sqrt()
+        wanted[i, name] = wanted.get((i, name), 0) + cut.T @ cut
+    assert len(wanted) == sum(map(len, found)) > 0
+    for (i, name), G in wanted.items():
+        assert found[i][name].tokens == tokens.numel()
+        assert torch.allclose(found[i][name].H, G, rtol=1e-3, atol=1e-5 * G.diagonal().max())
 
 
 def test_the_model_is_left_as_it_was():

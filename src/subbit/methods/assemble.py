@@ -12,7 +12,15 @@ from subbit.binarize.row_column import RowColumnPart
 from subbit.binarize.spbo import Part
 from subbit.codes import CompressedLinear, LevelTable, on_int8_grid, row_scale
 
-__all__ = ["CodedBlock", "FittedPart", "assemble", "code_block", "code_part", "storing"]
+__all__ = [
+    "CodedBlock",
+    "FittedPart",
+    "assemble",
+    "code_block",
+    "code_part",
+    "join_rows",
+    "storing",
+]
 
 FittedPart = Part | RowColumnPart
 """The groups of some columns, stacked."""
@@ -100,6 +108,28 @@ def assemble(
         column_scale=scale if scale is None or dtype is None else scale.to(dtype),
         record=record,
     )
+
+
+def join_rows(parts: list[tuple[Tensor, CompressedLinear]]) -> CompressedLinear:
+    """Put rows that were compressed apart, without salient columns, where they belong.
+
+    Args:
+        parts: for every part its rows, int64 `(k,)`, and what they became, all of one form.
+    """
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    made = [part for _, part in parts]
+
+    def rows_of(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors)[order]
+
+    scales = [part.levels.scale for part in made if part.levels.scale is not None]
+    width = max((scale.shape[1] for scale in scales), default=0)  # 1 where they are alike by chance
+    levels = replace(
+        made[0].levels,
+        params=rows_of([part.levels.params for part in made]),
+        scale=rows_of([scale.expand(-1, width) for scale in scales]) if scales else None,
+    )
+    return replace(made[0], codes=rows_of([part.codes for part in made]), levels=levels)
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:

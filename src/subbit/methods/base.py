@@ -31,12 +31,15 @@ class LinearStats:
         tokens: how many tokens that was.
         name: the linear's dotted name, for messages and seeds.
         mean: mean input, float32 `(cols,)`, or None where nobody asked for it.
+        G: float32 `(rows, rows)`, `sum g^T g` of the gradients in its outputs, or None: outputs
+            count alike.
     """
 
     H: Tensor
     tokens: int
     name: str = "linear"
     mean: Tensor | None = None
+    G: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,16 @@ class Method(ABC):
                 f"method '{self.name}' does not prune, so that nm '{nm[0]}:{nm[1]}' means nothing; "
                 "write nm: null"
             )
+
+    def check_outputs(self) -> None:
+        """Refuse gradients in the outputs of linears (`LinearStats.G`) where they do nothing.
+
+        Raises:
+            RecipeError: says what to write instead.
+        """
+        raise RecipeError(
+            f"method '{self.name}' takes no notice of gradients; write calibration.outputs: equal"
+        )
 
     def _check_int8(self) -> None:
         """Raise RecipeError where int8 levels would mean nothing to this method or its options."""
@@ -171,12 +184,19 @@ def _check(W: Tensor, stats: LinearStats) -> None:
             f"{stats.name}: weight {tuple(W.shape)} and mean input {tuple(stats.mean.shape)} do "
             "not fit; it must be (cols,)"
         )
-    mean = stats.H if stats.mean is None else stats.mean
+    if stats.G is not None and stats.G.shape != (len(W), len(W)):
+        raise ModelError(
+            f"{stats.name}: weight {tuple(W.shape)} and G {tuple(stats.G.shape)} do not fit; "
+            "G must be (rows, rows)"
+        )
     for what, tensor in (
         ("weights", W),
         ("H (calibration inputs)", stats.H),
-        ("mean (calibration inputs)", mean),
+        ("mean (calibration inputs)", stats.mean),
+        ("G (gradients of its outputs)", stats.G),
     ):
+        if tensor is None:
+            continue
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise NonFiniteError(

@@ -10,8 +10,9 @@ from torch import Tensor
 from subbit.binarize.levels import fit_levels, fit_scale
 from subbit.binarize.refine import Coding, refine
 from subbit.codes import LEVEL_KINDS, CompressedLinear, LevelTable
-from subbit.linalg import BlockView, factorize, run_blocks
-from subbit.methods.assemble import CodedBlock, storing
+from subbit.errors import RecipeError
+from subbit.linalg import BlockView, Factor, factorize, run_blocks, run_rows
+from subbit.methods.assemble import CodedBlock, join_rows, storing
 from subbit.methods.base import LinearStats
 from subbit.methods.pbs2p import PBS2P, PBS2POptions
 
@@ -33,6 +34,9 @@ class PBS2PPlusOptions(PBS2POptions):
             descent; not where whole columns are pruned.
         passes: sweeps over all blocks of the row afterwards, with the whole H, each block against
             its conditional target.
+        row_groups: where outputs count by their gradients (`calibration.outputs`): rows are
+            compressed in so many groups, and each group's error is absorbed by the next.
+        row_percdamp: share of mean(diag G) that is added to the diagonal of G.
     """
 
     compensation: Literal["diagonal", "exact"] = "exact"
@@ -42,6 +46,8 @@ class PBS2PPlusOptions(PBS2POptions):
     sweeps: int = Field(6, ge=0)
     remask: bool = True
     passes: int = Field(3, ge=0)
+    row_groups: int = Field(8, ge=1)
+    row_percdamp: float = Field(0.1, gt=0)
 
 
 class PBS2PPlus(PBS2P):
@@ -61,12 +67,40 @@ class PBS2PPlus(PBS2P):
     Opt = PBS2PPlusOptions
     options: PBS2PPlusOptions
 
+    def check_outputs(self) -> None:
+        """Rows are compressed in groups, so that nothing may be chosen for all of them at once."""
+        o = self.options
+        if o.codebook == "groups" or o.pruning == "structured":
+            what = "codebook=groups" if o.codebook == "groups" else "pruning=structured"
+            raise RecipeError(
+                f"calibration.outputs=gradient takes rows in groups, but {what} chooses columns "
+                "for all rows at once; write codebook: free, binary or ternary, and semi-structured"
+                " pruning"
+            )
+
     def _compress(
         self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
     ) -> CompressedLinear:
+        factor = factorize(stats.H, self.settings.percdamp)
+        if stats.G is None:
+            return self._rows(W, stats, nm, factor)
+        self.check_outputs()
+        o = self.options
+        parts = run_rows(
+            W,
+            stats.G,
+            o.row_groups,
+            o.row_percdamp,
+            lambda rows: self._rows(rows, stats, nm, factor),
+        )
+        return join_rows(parts)
+
+    def _rows(
+        self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None, factor: Factor
+    ) -> CompressedLinear:
+        """Compress some rows of a linear."""
         o, settings = self.options, self.settings
         stored_nm, nm = nm, nm or _KEEP_ALL
-        factor = factorize(stats.H, settings.percdamp)
         scorer = self._scorer(W, factor, stats)
         as_stored = storing(settings.levels, W)
 

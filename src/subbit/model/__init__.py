@@ -4,7 +4,7 @@ No model family is named anywhere: blocks and linears are found, and what a bloc
 is recorded from the model's own forward pass.
 """
 
-from subbit.model.backward import backward, token_gradients
+from subbit.model.backward import backward, output_grams, token_gradients
 from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_module, weight_of
 from subbit.model.calls import BlockCall
 from subbit.model.capture import block_similarities, capture_inputs, run_block
@@ -34,6 +34,7 @@ __all__ = [
     "is_skipped",
     "load_model",
     "look_at_windows",
+    "output_grams",
     "positions_at_once",
     "record_calls",
     "replace_module",

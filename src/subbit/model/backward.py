@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from subbit.model.blocks import Blocks
+from subbit.linalg import GramAccumulator
+from subbit.model.blocks import Blocks, weight_of
 from subbit.model.calls import BlockCall
 from subbit.model.capture import placed
 from subbit.model.end import ModelEnd
 
-__all__ = ["backward", "token_gradients"]
+__all__ = ["backward", "output_grams", "token_gradients"]
 
 Advance = Callable[[int], None] | None
+
+_LOUDEST = (
+    4.0  # a token's squared gradient counts as so many times that of the median token at most
+)
 
 
 def backward(
@@ -88,13 +94,72 @@ def token_gradients(
         in the linear's output, summed over its outputs, float32 `(nsamples, seqlen)`.
     """
     found = [{name: torch.zeros(tokens.shape) for name in own} for own in linears]
+
+    def note(i: int, name: str, n: int, gradient: Tensor) -> None:
+        found[i][name][n] = gradient.square().sum(-1)
+
+    _look_at_gradients(model, blocks, linears, hidden, calls, tokens, note, device, advance)
+    return found
+
+
+def output_grams(
+    model: nn.Module,
+    blocks: Blocks,
+    linears: Sequence[dict[str, nn.Module]],
+    hidden: Tensor,
+    calls: Sequence[BlockCall],
+    tokens: Tensor,
+    *,
+    device: torch.device,
+    advance: Advance = None,
+) -> list[dict[str, GramAccumulator]]:
+    """In which directions of its output the text's likelihood feels each linear.
+
+    Args: as of `token_gradients`.
+
+    Returns:
+        For every block and linear `sum g^T g` over all tokens, `(outputs, outputs)` on the CPU: g
+        is the gradient of a window's negative log-likelihood in the linear's output at a token, cut
+        to twice the root mean square that the median token of the window has. Without that the
+        first token, on which attention rests, is nine tenths of the sum for keys and values.
+    """
+    found = [
+        {name: GramAccumulator(weight_of(linear).shape[0]) for name, linear in own.items()}
+        for own in linears
+    ]
+
+    def add(i: int, name: str, n: int, gradient: Tensor) -> None:
+        size = gradient.square().sum(-1)
+        felt = size[size > 0]
+        if felt.numel():
+            found[i][name].add(gradient, (_LOUDEST * felt.median() / size).clamp_max(1.0))
+
+    _look_at_gradients(model, blocks, linears, hidden, calls, tokens, add, device, advance)
+    return found
+
+
+def _look_at_gradients(
+    model: nn.Module,
+    blocks: Blocks,
+    linears: Sequence[dict[str, nn.Module]],
+    hidden: Tensor,
+    calls: Sequence[BlockCall],
+    tokens: Tensor,
+    note: Callable[[int, str, int, Tensor], None],
+    device: torch.device,
+    advance: Advance,
+) -> None:
+    """Run every window there and back; `note` gets block, linear, window and `(tokens, outputs)`.
+
+    The gradients come to the CPU in float32.
+    """
     end = ModelEnd(model, blocks)
     with ExitStack() as stack:
         stack.enter_context(end.on(device))
         window = _Window(end, device)
-        for own, into in zip(linears, found, strict=True):
+        for i, own in enumerate(linears):
             for name, linear in own.items():
-                handle = linear.register_forward_hook(window.hook(into[name]))
+                handle = linear.register_forward_hook(window.hook(partial(note, i, name)))
                 stack.callback(handle.remove)
         for n, ids in enumerate(tokens):
             window.n, window.ids = n, ids
@@ -108,7 +173,6 @@ def token_gradients(
                 learn=False,
                 advance=advance,
             )
-    return found
 
 
 class _Window:
@@ -118,12 +182,11 @@ class _Window:
         self.end, self.device = end, device
         self.n, self.ids = 0, torch.empty(0)
 
-    def hook(self, into: Tensor) -> Callable:
-        """A forward hook that has the squared gradient of the output written into a row."""
+    def hook(self, note: Callable[[int, Tensor], None]) -> Callable:
+        """A forward hook that has the gradient of the output noted."""
 
         def write(gradient: Tensor) -> None:
-            square = gradient.detach().float().square().sum(-1)
-            into[self.n] = square.flatten().to(into.device)
+            note(self.n, gradient.detach().float().flatten(0, -2).cpu())
 
         def look(module: nn.Module, args: tuple, output: Tensor) -> None:
             if output.requires_grad:
