@@ -39,7 +39,10 @@ ROOMS |= {room: set(ROOMS) | EVERYTHING for room in EVERYTHING}
 
 TRANSFORMERS = {"model", "text", "hub", "evaluate", "quiet"}
 TORCH_ONLY = {"linalg", "packed"}
-TRITON = ("triton", "triton_b3.py")  # the one file that may, and that is imported only for a GPU
+TRITON = (
+    "triton",
+    "triton_kernels.py",
+)  # the one file that may, and that is imported only for a GPU
 NOT_TO_LOAD = ("methods", "text", "model", "study")
 
 

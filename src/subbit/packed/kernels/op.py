@@ -71,15 +71,13 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
 def _multiply_on_gpu(
     x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
 ) -> Tensor:
-    """Triton's kernels, which round no activations; without Triton, or for B2, panels."""
+    """Triton's kernels, which round no activations; without Triton, panels."""
     try:
-        from subbit.packed.kernels import triton_b3
+        from subbit.packed.kernels import triton_kernels
     except ImportError:
         return _multiply(x, tiles, flags, rows, cols, planes)
-    if check_sizes(tiles, flags, rows, cols) != 3:
-        return _multiply(x, tiles, flags, rows, cols, planes)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = triton_b3.multiply(flat, tiles, flags, rows, cols)
+    y = triton_kernels.multiply(flat, tiles, flags, rows, cols)
     return y.view(*x.shape[:-1], rows)
 
 

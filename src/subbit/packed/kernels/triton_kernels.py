@@ -1,4 +1,4 @@
-"""Products with weights in the B3 layout on a GPU: a plain GEMV and a plain GEMM in Triton.
+"""Products with weights in the layouts B3 and B2 on a GPU: a plain GEMV and a plain GEMM in Triton.
 
 They decode codes straight from the resident bytes (`layout.py`) and look levels up in memory. Both
 are checked against the reference in Triton's interpreter and compiled for a GPU without one; on a
@@ -15,57 +15,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subbit.packed.kernels.layout import UNIT_ROWS, sizes
+from subbit.packed.kernels.layout import UNIT_ROWS, check_sizes
 
 __all__ = ["gemm_kernel", "gemv_kernel", "multiply"]
 
-_FULL = tl.constexpr(960)  # bytes of a unit of 128 columns, of which 768 are codes
 _VECTORS = 32  # that a program of the GEMM multiplies with
 _GEMM_ROWS = 64
 
 
 @triton.jit
-def _weights(unit, flags, rows, cols, TILE: tl.constexpr, SALIENT: tl.constexpr):
-    """Decode weights: `rows` (R, 1) within a unit, `cols` (1, C) of its block; TILE = bytes of a
-    tile's codes, 192 or 128; `unit` (R, 1) or scalar and `flags` point at unit and block; SALIENT:
-    whether there are salient levels."""
+def _weights(unit, flags, rows, cols, C: tl.constexpr, BITS: tl.constexpr, SALIENT: tl.constexpr):
+    """Decode weights: `rows` (R, 1) within a unit, `cols` (1, C) of its block; `unit` (R, 1) or
+    scalar and `flags` point at unit and block; BITS: of a code, 3 or 2; SALIENT: whether there are
+    salient levels."""
     k, j = cols // 16, cols % 16
-    tile = unit + rows // 4 * TILE + rows % 4 * 16 + j
-    first = tl.load(tile + tl.where(k < 6, k // 2, k - 6) * 64).to(tl.int32)
-    third = tl.load(tile + 128, mask=(k >= 6) & (rows >= 0), other=0).to(tl.int32)
-    code = tl.where(k < 6, first >> (k % 2 * 3) & 7, first >> 6 | (third >> (k - 2) & 4))
-    record = unit + 4 * TILE + rows * 12
+    planes: tl.constexpr = (C * BITS + 127) // 128
+    tile = unit + rows // 4 * (64 * planes) + rows % 4 * 16 + j
+    record = unit + 256 * planes + rows * (12 if BITS == 3 else 6)
+    if BITS == 3:
+        first = tl.load(tile + tl.where(k < 6, k // 2, k - 6) * 64).to(tl.int32)
+        third = tl.load(tile + 128, mask=(k >= 6) & (rows >= 0), other=0).to(tl.int32)
+        code = tl.where(k < 6, first >> (k % 2 * 3) & 7, first >> 6 | (third >> (k - 2) & 4))
+    else:
+        code = tl.load(tile + k // 4 * 64).to(tl.int32) >> (k % 4 * 2) & 3
     if SALIENT:
         salient = tl.load(flags + cols).to(tl.int32) != 0
         place = tl.where(salient, 5, -1) + code
         some = (code > 0) & (code <= tl.where(salient, 4, 7))
     else:
-        place = tl.where(code > 0, code - 1, 7)
+        place = tl.where(code > 0, code - 1, 7 if BITS == 3 else 3)
         some = code >= 0
     level = tl.load(record + place, mask=some, other=128).to(tl.int32)
-    low, high = tl.load(record + 10).to(tl.int32), tl.load(record + 11).to(tl.int32)
-    scale = (low << 16 | high << 24).to(tl.float32, bitcast=True)
-    return (level - 128).to(tl.float32) * scale
+    scale: tl.constexpr = 10 if BITS == 3 else 4
+    low, high = tl.load(record + scale).to(tl.int32), tl.load(record + scale + 1).to(tl.int32)
+    value = (low << 16 | high << 24).to(tl.float32, bitcast=True)
+    return (level - 128).to(tl.float32) * value
 
 
 @triton.jit
 def gemv_kernel(
-    x, tiles, flags, y, rows, cols, full, stride, HALF: tl.constexpr, SALIENT: tl.constexpr
-):
+    x, tiles, flags, y, rows, cols, full, stride,
+    HALF: tl.constexpr, BITS: tl.constexpr, SALIENT: tl.constexpr,
+):  # fmt: skip
     """A program multiplies 16 rows with one vector: grid (strips, batch)."""
     strip, vector = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None]
     col = tl.arange(0, 128)[None, :]
     unit = tiles + strip.to(tl.int64) * stride
+    size: tl.constexpr = 960 if BITS == 3 else 608  # bytes of a unit of 128 columns
     x += vector.to(tl.int64) * cols
     sums = tl.zeros((16,), tl.float32)
     for block in range(full):
-        w = _weights(unit + block * _FULL, flags + block * 128, row, col, 192, SALIENT)
+        w = _weights(unit + block * size, flags + block * 128, row, col, 128, BITS, SALIENT)
         at = block * 128 + col
         sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
     if HALF:
         col = tl.arange(0, 64)[None, :]
-        w = _weights(unit + full * _FULL, flags + full * 128, row, col, 128, SALIENT)
+        w = _weights(unit + full * size, flags + full * 128, row, col, 64, BITS, SALIENT)
         at = full * 128 + col
         sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
     out = strip * 16 + tl.arange(0, 16)
@@ -75,27 +81,30 @@ def gemv_kernel(
 @triton.jit
 def gemm_kernel(
     x, tiles, flags, y, batch, rows, cols, full, stride, strips,
-    HALF: tl.constexpr, SALIENT: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
-    VECTORS: tl.constexpr,
+    HALF: tl.constexpr, BITS: tl.constexpr, SALIENT: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies ROWS rows with VECTORS vectors: grid (row tiles, vector tiles)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     vector = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)[None, :]
     strip = tl.minimum(row // 16, strips - 1)  # rows that do not exist decode another's
     unit = tiles + strip.to(tl.int64) * stride
+    size: tl.constexpr = 960 if BITS == 3 else 608  # bytes of a unit of 128 columns
     x += vector.to(tl.int64) * cols
     sums = tl.zeros((ROWS, VECTORS), tl.float32)
     col = tl.arange(0, 128)
     for block in range(full):
         w = _weights(
-            unit + block * _FULL, flags + block * 128, row % 16, col[None, :], 192, SALIENT
+            unit + block * size, flags + block * 128, row % 16, col[None, :], 128, BITS, SALIENT
         )
         at = block * 128 + col[:, None]
         values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
         sums = tl.dot(w.to(DOT), values.to(DOT), sums, input_precision="ieee")
     if HALF:
         col = tl.arange(0, 64)
-        w = _weights(unit + full * _FULL, flags + full * 128, row % 16, col[None, :], 128, SALIENT)
+        w = _weights(
+            unit + full * size, flags + full * 128, row % 16, col[None, :], 64, BITS, SALIENT
+        )
         at = full * 128 + col[:, None]
         values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
         sums = tl.dot(w.to(DOT), values.to(DOT), sums, input_precision="ieee")
@@ -111,7 +120,7 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
 
     Args:
         x: float32, bfloat16 or float16 `(batch, cols)`, contiguous, on the device of the weights.
-        tiles, flags: uint8, of `layout.sizes(rows, cols)` bytes.
+        tiles, flags: uint8, of `layout.sizes` bytes.
 
     Returns:
         `(batch, rows)` in the dtype of x.
@@ -119,11 +128,9 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
     Raises:
         ValueError: sizes that do not fit each other.
     """
-    if x.shape[1] != cols or (tiles.numel(), flags.numel()) != sizes(rows, cols):
-        raise ValueError(
-            f"x {tuple(x.shape)}, {tiles.numel()} bytes of tiles and {flags.numel()} flags do not "
-            f"fit a linear ({rows}, {cols})."
-        )
+    if x.shape[1] != cols:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a linear ({rows}, {cols}).")
+    bits = check_sizes(tiles, flags, rows, cols)
     batch, strips = x.shape[0], -(-rows // UNIT_ROWS)
     rest = cols % 128
     half = 0 < rest <= 64
@@ -132,15 +139,18 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
     if batch == 0:
         return y
     weights = rows, cols, full, tiles.numel() // strips
-    salient = bool(flags[-1])
+    salient = bits == 3 and bool(flags[-1])
     if batch == 1:
-        gemv_kernel[(strips, 1)](x, tiles, flags, y, *weights, HALF=half, SALIENT=salient)
+        gemv_kernel[(strips, 1)](
+            x, tiles, flags, y, *weights, HALF=half, BITS=bits, SALIENT=salient
+        )
         return y
     dots = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     dot = dots.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
     grid = triton.cdiv(rows, _GEMM_ROWS), triton.cdiv(batch, _VECTORS)
     constants = {
         "HALF": half,
+        "BITS": bits,
         "SALIENT": salient,
         "DOT": dot,
         "ROWS": _GEMM_ROWS,

@@ -9,17 +9,17 @@ import torch
 from int8_examples import make_int8
 
 from subbit.packed import pack
-from subbit.packed.kernels.layout import expand
+from subbit.packed.kernels.layout import code_bits, expand
 
 triton = pytest.importorskip("triton", reason="triton is not installed; pip install subbit[gpu]")
-triton_b3 = pytest.importorskip("subbit.packed.kernels.triton_b3")
+triton_kernels = pytest.importorskip("subbit.packed.kernels.triton_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def product(linear, x):
     tiles, flags = (tensor.to(DEVICE) for tensor in expand(*pack(linear)))
-    return triton_b3.multiply(x.to(DEVICE), tiles, flags, *linear.shape).cpu()
+    return triton_kernels.multiply(x.to(DEVICE), tiles, flags, *linear.shape).cpu()
 
 
 def activations(batch, cols, dtype=torch.float32):
@@ -35,6 +35,18 @@ def test_products_are_those_of_the_reference(batch, rows, cols):
     x = activations(batch, cols)
     y, wanted = product(linear, x), x @ linear.dequantize().T
     assert y.shape == (batch, rows)
+    assert (y - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 33])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(16, 128), (1, 1), (37, 64), (70, 200), (20, 330), (130, 576)]
+)
+def test_products_with_two_bit_codes(batch, rows, cols):
+    linear = make_int8(rows, cols, levels=("free", 3), salient=None, seed=rows)
+    x = activations(batch, cols)
+    assert code_bits(pack(linear)[0]) == 2
+    y, wanted = product(linear, x), x @ linear.dequantize().T
     assert (y - wanted).norm() <= 1e-5 * wanted.norm()
 
 
@@ -57,6 +69,9 @@ def test_half_precision(dtype, batch):
         (6, ("free", 4), (2, 4)),
         (7, None, (6, 8)),
         (8, None, None),
+        (4, None, None),
+        (3, None, (6, 8)),
+        (2, None, (2, 4)),
     ],
 )
 def test_structures(count, salient, nm):
@@ -67,22 +82,23 @@ def test_structures(count, salient, nm):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # sums that overflow
-def test_any_bytes_are_safe():
-    tiles, flags = expand(*pack(make_int8(40, 200)))
+@pytest.mark.parametrize("count", [3, 6])
+def test_any_bytes_are_safe(count):
+    tiles, flags = expand(*pack(make_int8(40, 200, levels=("free", count), salient=None)))
     noise = torch.randint(0, 255, tiles.shape, generator=torch.Generator().manual_seed(0)).byte()
     for batch in (1, 3):
         x = torch.ones(batch, 200).to(DEVICE)
-        y = triton_b3.multiply(x, noise.to(DEVICE), flags.to(DEVICE), 40, 200)
+        y = triton_kernels.multiply(x, noise.to(DEVICE), flags.to(DEVICE), 40, 200)
         assert y.shape == (batch, 40)
 
 
 def test_no_vectors_and_wrong_sizes():
     tiles, flags = (tensor.to(DEVICE) for tensor in expand(*pack(make_int8(40, 200))))
     x = torch.ones(0, 200).to(DEVICE)
-    assert triton_b3.multiply(x, tiles, flags, 40, 200).shape == (0, 40)
+    assert triton_kernels.multiply(x, tiles, flags, 40, 200).shape == (0, 40)
     for bad in ((tiles[1:], flags, 40, 200), (tiles, flags, 400, 200), (tiles, flags, 40, 201)):
-        with pytest.raises(ValueError, match="fit"):
-            triton_b3.multiply(x, *bad)
+        with pytest.raises(ValueError, match=r"fit|must be"):
+            triton_kernels.multiply(x, *bad)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -103,7 +119,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from subbit.packed.kernels import triton_b3
+from subbit.packed.kernels import triton_kernels
 
 def ptx(kernel, arguments, constants):
     types = dict(x="*bf16", y="*bf16", tiles="*u8", flags="*u8")
@@ -114,14 +130,15 @@ def ptx(kernel, arguments, constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 weights = ["rows", "cols", "full", "stride"]
-constants = {"HALF": True, "SALIENT": True}
-assert ptx(triton_b3.gemv_kernel, ["x", "tiles", "flags", "y", *weights], constants)
-code = ptx(
-    triton_b3.gemm_kernel,
-    ["x", "tiles", "flags", "y", "batch", *weights, "strips"],
-    constants | {"DOT": tl.bfloat16, "ROWS": 64, "VECTORS": 32},
-)
-assert "mma" in code  # tensor cores
+for bits, salient in ((3, True), (3, False), (2, False)):
+    constants = {"HALF": True, "BITS": bits, "SALIENT": salient}
+    assert ptx(triton_kernels.gemv_kernel, ["x", "tiles", "flags", "y", *weights], constants)
+    code = ptx(
+        triton_kernels.gemm_kernel,
+        ["x", "tiles", "flags", "y", "batch", *weights, "strips"],
+        constants | {"DOT": tl.bfloat16, "ROWS": 64, "VECTORS": 32},
+    )
+    assert "mma" in code  # tensor cores
 """
 
 
