@@ -44,11 +44,12 @@ def refit_model(
         hidden: hidden states `(nsamples, seqlen, width)` that enter the first block.
         target: those that leave the last block of the original model, same shape.
         calls: the other arguments of every block.
-        spec: `model_steps` and `model_rate`.
+        spec: `model_steps`, `model_rate` and `model_levels`.
         device: where the blocks run.
         advance: called with 1 for every block and window that was run, thrice for the way back.
     """
-    learners = [Learner(b, names) for b, names in zip(blocks.modules, linears, strict=True)]
+    affine = spec.model_levels == "affine"
+    learners = [Learner(b, names, affine) for b, names in zip(blocks.modules, linears, strict=True)]
     end = ModelEnd(model, blocks)
     job = _Job(learners, hidden, target, calls, end, device, spec, advance)
     with end.on(device):

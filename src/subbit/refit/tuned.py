@@ -111,10 +111,12 @@ class Learner:
     Args:
         block: the compressed block.
         linears: names of its packed linears.
+        affine: of the levels of a row and column group only a factor and a shift for all of them
+            learn; parameters of levels that are not free learn all the same.
     """
 
-    def __init__(self, block: nn.Module, linears: list[str]) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, linears: list[str], affine: bool = False) -> None:
+        self.block, self.affine = block, affine
         self.packed = {name: block.get_submodule(name) for name in linears}
         loose = loose_tensors(block, linears)
         self._old = {name: parameter.detach().clone() for name, parameter in loose.items()}
@@ -126,7 +128,7 @@ class Learner:
         self._masters = {
             name: nn.Parameter(p.to(torch.float32, copy=True)) for name, p in self._old.items()
         }
-        self._tuned = {name: _Tuned(module) for name, module in self.packed.items()}
+        self._tuned = {name: _Tuned(module, self.affine) for name, module in self.packed.items()}
         self._put(self._tuned)
         return [*self._masters.values(), *(p for m in self._tuned.values() for p in m.learning())]
 
@@ -167,15 +169,15 @@ def _size(parameter: Tensor) -> float:
 class _Tuned(nn.Module):
     """A packed linear whose level parameters are float32 and learn; its codes stay."""
 
-    def __init__(self, module: PackedLinear) -> None:
+    def __init__(self, module: PackedLinear, affine: bool) -> None:
         super().__init__()
         self.linear = module.compressed()
         self.bias = module.bias
         self.tables = nn.ModuleDict()
         if isinstance(self.linear, CompressedLinear):
-            self.tables["levels"] = _Params(self.linear.levels)
+            self.tables["levels"] = _Params(self.linear.levels, affine)
             if self.linear.salient_levels is not None:
-                self.tables["salient_levels"] = _Params(self.linear.salient_levels)
+                self.tables["salient_levels"] = _Params(self.linear.salient_levels, affine)
 
     def learning(self) -> list[nn.Parameter]:
         """What of it learns; the bias does so by itself."""
@@ -205,7 +207,7 @@ class _Tuned(nn.Module):
 class _Params(nn.Module):
     """The parameters of a level table as they learn; int8 levels learn as free ones."""
 
-    def __init__(self, table: LevelTable) -> None:
+    def __init__(self, table: LevelTable, affine: bool) -> None:
         super().__init__()
         self.kind, self.groups = table.kind, table.groups
         if table.scale is not None:
@@ -213,10 +215,22 @@ class _Params(nn.Module):
         values = table.params.float() if table.scale is None else table.values()
         whole = LEVEL_KINDS[self.kind].integers
         self.register_buffer("fixed", values[..., values.shape[-1] - whole :].clone())
-        self.params = nn.Parameter(values[..., : values.shape[-1] - whole].clone())
+        values = values[..., : values.shape[-1] - whole].clone()
+        self.affine = affine and self.kind == "free"
+        if self.affine:
+            self.register_buffer("start", values)
+            self.register_buffer("unit", values.square().mean(-1, keepdim=True).sqrt())
+            self.factor = nn.Parameter(torch.ones_like(self.unit))
+            self.shift = nn.Parameter(torch.zeros_like(self.unit))  # in units
+        else:
+            self.params = nn.Parameter(values)
 
     def table(self) -> LevelTable:
-        return LevelTable(self.kind, self.groups, torch.cat((self.params, self.fixed), -1))
+        if self.affine:
+            params = self.start * self.factor + self.unit * self.shift
+        else:
+            params = self.params
+        return LevelTable(self.kind, self.groups, torch.cat((params, self.fixed), -1))
 
     def stored(self) -> LevelTable:
         table = self.table()
