@@ -290,8 +290,13 @@ class _Job:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
         others = count * len(self.tokens) + self.coarse + self._steps_of_model
-        others += 4 * count * len(self.tokens) * (self._by_token + self._by_output)
+        others += self._steps_of_gradients * (self._by_token + self._by_output)
         return others + sum(map(self._steps_of_block, range(count)))
+
+    @property
+    def _steps_of_gradients(self) -> int:
+        """Steps of running all windows there and back."""
+        return 4 * len(self.blocks.modules) * len(self.tokens)
 
     @property
     def _steps_of_model(self) -> int:
@@ -325,7 +330,7 @@ class _Job:
         bar.phase("compressing")
         for i, block in enumerate(self.blocks.modules):
             bar.update(block=i + 1, nblocks=count)
-            if self.workdir is not None and i < self.workdir.committed:
+            if i < self._committed:
                 if not self._is_done:
                     calibrator.propagate_original(i)
                 self._restore(i)
@@ -343,6 +348,11 @@ class _Job:
         return self.result
 
     @property
+    def _committed(self) -> int:
+        """Blocks that an interrupted run has compressed."""
+        return 0 if self.workdir is None else self.workdir.committed
+
+    @property
     def _by_token(self) -> bool:
         return self.recipe.calibration.tokens == "gradient"
 
@@ -350,11 +360,18 @@ class _Job:
     def _by_output(self) -> bool:
         return self.recipe.calibration.outputs == "gradient"
 
+    def _no_gradients(self, bar: Progress) -> bool:
+        """Whether nothing is left to be compressed for which gradients could decide anything."""
+        if self._committed < len(self.linears):
+            return False
+        bar.skip(self._steps_of_gradients)
+        return True
+
     def _token_gradients(
         self, calls: list, hidden: Tensor, bar: Progress
     ) -> list[dict[str, Tensor]] | None:
         """What every token counts for each linear, where gradients decide."""
-        if not self._by_token or self._is_done:
+        if not self._by_token or self._no_gradients(bar):
             return None
         bar.phase("what each token matters")
         with self._stage("gradients"):
@@ -371,15 +388,14 @@ class _Job:
 
     def _look_at_outputs(self, calls: list, hidden: Tensor, bar: Progress) -> None:
         """What the outputs of every linear that is still to be compressed matter."""
-        if not self._by_output or self._is_done:
+        if not self._by_output or self._no_gradients(bar):
             return
         bar.phase("what each output matters")
-        committed = 0 if self.workdir is None else self.workdir.committed
         with self._stage("gradients"):
             self.outputs = output_grams(
                 self.model,
                 self.blocks,
-                [own if i >= committed else {} for i, own in enumerate(self.linears)],
+                [own if i >= self._committed else {} for i, own in enumerate(self.linears)],
                 hidden,
                 calls,
                 self.tokens,

@@ -156,8 +156,8 @@ class RefitSpec(_Spec):
         model_steps: steps of Adam for all blocks together, one calibration window a step, towards
             the original model's next-token distribution, once every block is done; 0 = off.
         model_rate: its learning rate, like `rate`.
-        model_levels: what of the levels it tunes: each by itself ("free"), or of those of a row and
-            column group a factor and a shift for all of them ("affine").
+        model_levels: how the levels of a row and column group learn then: each by itself ("free"),
+            or a factor for all of them, and each by itself a fifth as fast ("factor").
     """
 
     steps: int = Field(0, ge=0)
@@ -165,7 +165,7 @@ class RefitSpec(_Spec):
     towards: Literal["original", "block"] = "original"
     model_steps: int = Field(0, ge=0)
     model_rate: float = Field(0.0025, gt=0)
-    model_levels: Literal["free", "affine"] = "free"
+    model_levels: Literal["free", "factor"] = "free"
 
 
 class CoarseSpec(_Spec):

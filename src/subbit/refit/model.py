@@ -48,8 +48,11 @@ def refit_model(
         device: where the blocks run.
         advance: called with 1 for every block and window that was run, thrice for the way back.
     """
-    affine = spec.model_levels == "affine"
-    learners = [Learner(b, names, affine) for b, names in zip(blocks.modules, linears, strict=True)]
+    by_factor = spec.model_levels == "factor"
+    learners = [
+        Learner(block, names, by_factor)
+        for block, names in zip(blocks.modules, linears, strict=True)
+    ]
     end = ModelEnd(model, blocks)
     job = _Job(learners, hidden, target, calls, end, device, spec, advance)
     with end.on(device):

@@ -16,6 +16,7 @@ from subbit.packed.linear import PackedLinear
 __all__ = ["JUDGED", "Learner", "Refit", "adam", "loose_tensors", "tune"]
 
 JUDGED = 8  # windows by which the outcome is judged
+_SLOW = 0.2  # how fast levels learn by themselves where a factor for all of them learns too
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ class Learner:
     Args:
         block: the compressed block.
         linears: names of its packed linears.
-        affine: of the levels of a row and column group only a factor and a shift for all of them
-            learn; parameters of levels that are not free learn all the same.
+        by_factor: the parameters of a level record learn as a factor for all of them, and each by
+            itself a fifth as fast.
     """
 
-    def __init__(self, block: nn.Module, linears: list[str], affine: bool = False) -> None:
-        self.block, self.affine = block, affine
+    def __init__(self, block: nn.Module, linears: list[str], by_factor: bool = False) -> None:
+        self.block, self.by_factor = block, by_factor
         self.packed = {name: block.get_submodule(name) for name in linears}
         loose = loose_tensors(block, linears)
         self._old = {name: parameter.detach().clone() for name, parameter in loose.items()}
@@ -128,7 +129,7 @@ class Learner:
         self._masters = {
             name: nn.Parameter(p.to(torch.float32, copy=True)) for name, p in self._old.items()
         }
-        self._tuned = {name: _Tuned(module, self.affine) for name, module in self.packed.items()}
+        self._tuned = {name: _Tuned(module, self.by_factor) for name, module in self.packed.items()}
         self._put(self._tuned)
         return [*self._masters.values(), *(p for m in self._tuned.values() for p in m.learning())]
 
@@ -169,15 +170,15 @@ def _size(parameter: Tensor) -> float:
 class _Tuned(nn.Module):
     """A packed linear whose level parameters are float32 and learn; its codes stay."""
 
-    def __init__(self, module: PackedLinear, affine: bool) -> None:
+    def __init__(self, module: PackedLinear, by_factor: bool) -> None:
         super().__init__()
         self.linear = module.compressed()
         self.bias = module.bias
         self.tables = nn.ModuleDict()
         if isinstance(self.linear, CompressedLinear):
-            self.tables["levels"] = _Params(self.linear.levels, affine)
+            self.tables["levels"] = _Params(self.linear.levels, by_factor)
             if self.linear.salient_levels is not None:
-                self.tables["salient_levels"] = _Params(self.linear.salient_levels, affine)
+                self.tables["salient_levels"] = _Params(self.linear.salient_levels, by_factor)
 
     def learning(self) -> list[nn.Parameter]:
         """What of it learns; the bias does so by itself."""
@@ -207,7 +208,7 @@ class _Tuned(nn.Module):
 class _Params(nn.Module):
     """The parameters of a level table as they learn; int8 levels learn as free ones."""
 
-    def __init__(self, table: LevelTable, affine: bool) -> None:
+    def __init__(self, table: LevelTable, by_factor: bool) -> None:
         super().__init__()
         self.kind, self.groups = table.kind, table.groups
         if table.scale is not None:
@@ -216,18 +217,19 @@ class _Params(nn.Module):
         whole = LEVEL_KINDS[self.kind].integers
         self.register_buffer("fixed", values[..., values.shape[-1] - whole :].clone())
         values = values[..., : values.shape[-1] - whole].clone()
-        self.affine = affine and self.kind == "free"
-        if self.affine:
+        self.by_factor = by_factor and values.shape[-1] > 1
+        if self.by_factor:
             self.register_buffer("start", values)
-            self.register_buffer("unit", values.square().mean(-1, keepdim=True).sqrt())
-            self.factor = nn.Parameter(torch.ones_like(self.unit))
-            self.shift = nn.Parameter(torch.zeros_like(self.unit))  # in units
+            unit = values.square().mean(-1, keepdim=True).sqrt()
+            self.register_buffer("slow", _SLOW * unit)
+            self.factor = nn.Parameter(torch.ones_like(unit))
+            self.change = nn.Parameter(torch.zeros_like(values))
         else:
             self.params = nn.Parameter(values)
 
     def table(self) -> LevelTable:
-        if self.affine:
-            params = self.start * self.factor + self.unit * self.shift
+        if self.by_factor:
+            params = self.start * self.factor + self.slow * self.change
         else:
             params = self.params
         return LevelTable(self.kind, self.groups, torch.cat((params, self.fixed), -1))
