@@ -14,12 +14,17 @@ def rows():
 
 def test_every_row_of_the_ablation_adds_to_the_one_before_and_ends_with_the_recipe():
     before, settings = None, []
-    for cell in rows()[:-2]:
+    for cell in rows()[:-4]:
         recipe = load_recipe(cell.recipe).override(cell.overrides)
         assert recipe != before
         before = recipe
         settings.append(recipe.model_dump(mode="json"))
     assert before == load_recipe("pbs2p-plus-6-8")
+    outputs, allocated, blocks, _ = (
+        load_recipe(cell.recipe).override(cell.overrides) for cell in rows()[-4:]
+    )
+    assert outputs == before.override(["calibration.outputs=gradient"])
+    assert (allocated.calibration, allocated.coarse) == (blocks.calibration, blocks.coarse)
     refitted = [load_recipe(cell.recipe).override(cell.overrides).refit for cell in rows()[-2:]]
     assert [bool(refit.model_steps) for refit in refitted] == [False, True]
     first = settings[0]
@@ -35,12 +40,19 @@ def test_off_rows_are_pbs2p():
         assert ours[key] == theirs[key], key
 
 
-def test_refit_recipes_differ_in_refitting_alone():
+def test_refit_recipes_differ_in_what_takes_gradients_and_in_the_allocation():
     for nm in ("6-8", "5-8", "4-8"):
         plain, refit = load_recipe(f"pbs2p-plus-{nm}"), load_recipe(f"pbs2p-plus-refit-{nm}")
         assert refit.refit.steps > 0 and plain.refit.steps == 0
-        same = refit.model_dump() | {"name": plain.name, "refit": plain.refit.model_dump()}
-        assert same == plain.model_dump()
+        assert refit.calibration.outputs == "gradient" and plain.calibration.outputs == "equal"
+        kept = {key: plain.model_dump()[key] for key in ("name", "refit", "calibration", "coarse")}
+        kept["calibration"]["outputs"] = "gradient"
+        assert refit.model_dump() == plain.model_dump() | {
+            **kept,
+            "name": refit.name,
+            "refit": refit.refit.model_dump(),
+            "coarse": refit.coarse.model_dump(),
+        }
 
 
 def test_front_keeps_what_nothing_beats():

@@ -21,6 +21,7 @@ _OFF = {
     "calibration.first_token": "1",
     "asymmetry.strength": "0",
 }
+_MEASURED = ["coarse.allocation=measured", "coarse.n_high=2", "coarse.n_low=3"]
 _ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None = as in the recipe
     ("one-shot", {"spbo": "false"}),
     ("spbo", {"spbo": None}),
@@ -39,7 +40,7 @@ _ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None =
 
 
 def _ablation() -> list[Cell]:
-    """Each row adds to the one before it; the last is the recipe, then comes refitting."""
+    """Each row adds to the one before it up to the recipe; then comes what takes gradients."""
     cells, now = [], dict(_OFF)
     for name, changes in _ROWS:
         for key, value in changes.items():
@@ -47,8 +48,14 @@ def _ablation() -> list[Cell]:
             if value is not None:
                 now[key] = value
         cells.append(Cell(name, _PLUS, [f"{key}={value}" for key, value in now.items()]))
-    refit = "pbs2p-plus-refit-6-8"
-    return [*cells, Cell("refit-blocks", refit, ["refit.model_steps=0"]), Cell("refit", refit)]
+    refit, outputs = "pbs2p-plus-refit-6-8", "calibration.outputs=gradient"
+    return [
+        *cells,
+        Cell("outputs", _PLUS, [outputs]),
+        Cell("allocated", _PLUS, [outputs, *_MEASURED]),
+        Cell("refit-blocks", refit, ["refit.model_steps=0"]),
+        Cell("refit", refit),
+    ]
 
 
 _CHOICES = {
