@@ -17,9 +17,7 @@ __all__ = ["backward", "output_grams", "token_gradients"]
 
 Advance = Callable[[int], None] | None
 
-_LOUDEST = (
-    4.0  # a token's squared gradient counts as so many times that of the median token at most
-)
+_LOUDEST = 4.0  # times the median token's squared gradient is what a token's counts as at most
 
 
 def backward(

@@ -116,6 +116,11 @@ IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {
             *(Cell(name, name) for name in _BITS),
             Cell("pbs2p-plus-4-levels-6-8", "pbs2p-plus-4-levels", ["nm=6:8"]),
             Cell("pbs2p-plus-6-levels", "pbs2p-plus-8-levels", ["free_levels=6"]),
+            Cell(
+                "pbs2p-plus-8-levels-outputs",
+                "pbs2p-plus-8-levels",
+                ["calibration.outputs=gradient"],
+            ),
         ],
     ),
 }
