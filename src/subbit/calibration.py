@@ -27,7 +27,7 @@ class Calibrator:
     """The calibration tokens on their way through the model.
 
     Args:
-        gradients: what every token counts by block and linear (`model.token_gradients`), or None.
+        gradients: what every token counts by block and linear (`model.TokenGradients`), or None.
 
     Attributes:
         hidden: hidden states `(nsamples, seqlen, width)` of the compressed model that enter the

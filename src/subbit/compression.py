@@ -30,6 +30,8 @@ from subbit.methods import LinearStats, Method, Settings, make_method
 from subbit.model import (
     Blocks,
     LoadedModel,
+    OutputGrams,
+    TokenGradients,
     check_coverage,
     check_finite,
     find_blocks,
@@ -38,10 +40,9 @@ from subbit.model import (
     first_inputs,
     is_skipped,
     load_model,
-    output_grams,
+    look_at_gradients,
     record_calls,
     replace_module,
-    token_gradients,
     weight_of,
 )
 from subbit.packed.layout import FORMAT_VERSION
@@ -290,7 +291,7 @@ class _Job:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
         others = count * len(self.tokens) + self.coarse + self._steps_of_model
-        others += self._steps_of_gradients * (self._by_token + self._by_output)
+        others += self._steps_of_gradients * (self._by_token or self._by_output)
         return others + sum(map(self._steps_of_block, range(count)))
 
     @property
@@ -319,8 +320,7 @@ class _Job:
         started = time.monotonic()
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
-        gradients = self._token_gradients(calls, hidden, bar)
-        self._look_at_outputs(calls, hidden, bar)
+        gradients = self._gradients(calls, hidden, bar)
         calibrator = Calibrator(self.recipe, self.blocks, calls, hidden, self.device, gradients)
         self.passes = calibrator.passes(self.linears[0])
         bar.resize(self.steps)
@@ -360,48 +360,34 @@ class _Job:
     def _by_output(self) -> bool:
         return self.recipe.calibration.outputs == "gradient"
 
-    def _no_gradients(self, bar: Progress) -> bool:
-        """Whether nothing is left to be compressed for which gradients could decide anything."""
-        if self._committed < len(self.linears):
-            return False
-        bar.skip(self._steps_of_gradients)
-        return True
-
-    def _token_gradients(
+    def _gradients(
         self, calls: list, hidden: Tensor, bar: Progress
     ) -> list[dict[str, Tensor]] | None:
-        """What every token counts for each linear, where gradients decide."""
-        if not self._by_token or self._no_gradients(bar):
+        """What every token counts for each linear, where gradients decide; keeps `outputs`."""
+        if not (self._by_token or self._by_output):
             return None
-        bar.phase("what each token matters")
+        if self._committed >= len(self.linears):  # they could decide nothing any more
+            bar.skip(self._steps_of_gradients)
+            return None
+        bar.phase("gradients of the text")
+        left = [own if i >= self._committed else {} for i, own in enumerate(self.linears)]
+        by_token = TokenGradients(left, self.tokens) if self._by_token else None
+        by_output = OutputGrams(left) if self._by_output else None
         with self._stage("gradients"):
-            return token_gradients(
+            look_at_gradients(
                 self.model,
                 self.blocks,
-                self.linears,
+                left,
                 hidden,
                 calls,
                 self.tokens,
+                [taker for taker in (by_token, by_output) if taker is not None],
                 device=self.device,
                 advance=bar.advance,
             )
-
-    def _look_at_outputs(self, calls: list, hidden: Tensor, bar: Progress) -> None:
-        """What the outputs of every linear that is still to be compressed matter."""
-        if not self._by_output or self._no_gradients(bar):
-            return
-        bar.phase("what each output matters")
-        with self._stage("gradients"):
-            self.outputs = output_grams(
-                self.model,
-                self.blocks,
-                [own if i >= self._committed else {} for i, own in enumerate(self.linears)],
-                hidden,
-                calls,
-                self.tokens,
-                device=self.device,
-                advance=bar.advance,
-            )
+        if by_output is not None:
+            self.outputs = by_output.found
+        return None if by_token is None else by_token.found
 
     def _coarse_stage(self, calls: list, hidden: Tensor, bar: Progress) -> Kept | None:
         """How many of every M weights each linear keeps; None where no weight is pruned."""

@@ -161,6 +161,19 @@ def test_rows_make_up_for_each_other(levels, codebook):
     assert torch.equal(again.codes, together.codes) and again.record == together.record
 
 
+def test_groups_and_damping_of_rows_change_the_result():
+    W, stats = problem("plain")
+    with_G = replace(stats, G=felt(W))
+
+    def codes(stats, **options):
+        return make_method("pbs2p-plus", options, SETTINGS).compress(W, stats, (6, 8)).codes
+
+    usual = codes(with_G)
+    assert torch.equal(codes(with_G, row_groups=1), codes(stats))
+    assert not torch.equal(codes(with_G, row_groups=4), usual)
+    assert not torch.equal(codes(with_G, row_percdamp=10.0), usual)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_rows_in_groups_whatever_the_linear(name):
     W, stats = problem(name)

@@ -4,28 +4,30 @@ import pytest
 import torch
 
 from subbit.model import (
+    OutputGrams,
+    TokenGradients,
     find_blocks,
     find_linears,
     first_inputs,
-    output_grams,
+    look_at_gradients,
     record_calls,
-    token_gradients,
 )
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 CPU = torch.device("cpu")
 
 
-def looked_at(family, look=token_gradients):
-    """The model, its linears by block, token ids, and what was found by block and linear."""
+def looked_at(family):
+    """The model, its linears by block, token ids, and what was found of tokens and of outputs."""
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB_SIZE, (2, 16), generator=generator)
     blocks = find_blocks(model)
     linears = [find_linears(block) for block in blocks.modules]
     calls, hidden = record_calls(model, blocks, tokens), first_inputs(model, blocks, tokens)
-    found = look(model, blocks, linears, hidden, calls, tokens, device=CPU)
-    return model, linears, tokens, found
+    takers = TokenGradients(linears, tokens), OutputGrams(linears)
+    look_at_gradients(model, blocks, linears, hidden, calls, tokens, takers, device=CPU)
+    return model, linears, tokens, *(taker.found for taker in takers)
 
 
 def whole_gradients(model, linears, tokens):
@@ -54,7 +56,7 @@ def whole_gradients(model, linears, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_tokens_matter_is_what_the_whole_model_says(family):
-    model, linears, tokens, found = looked_at(family)
+    model, linears, tokens, found, _ = looked_at(family)
     for n, i, name, gradient in whole_gradients(model, linears, tokens):
         wanted = gradient.square().sum(-1)
         assert torch.allclose(found[i][name][n], wanted, rtol=1e-3, atol=1e-6 * wanted.max())
@@ -62,7 +64,7 @@ def test_what_tokens_matter_is_what_the_whole_model_says(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_outputs_matter_is_what_the_whole_model_says(family):
-    model, linears, tokens, found = looked_at(family, output_grams)
+    model, linears, tokens, _, found = looked_at(family)
     wanted = {}
     for _, i, name, gradient in whole_gradients(model, linears, tokens):
         size = gradient.square().sum(-1, keepdim=True)
@@ -77,7 +79,7 @@ def test_what_outputs_matter_is_what_the_whole_model_says(family):
 def test_the_model_is_left_as_it_was():
     model = tiny_model("llama")
     wants = {name: p.requires_grad for name, p in model.named_parameters()}
-    model, linears, _, _ = looked_at("llama")
+    model, linears, *_ = looked_at("llama")
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and parameter.requires_grad == wants[name]
     assert not any(linear._forward_hooks for own in linears for linear in own.values())

@@ -4,7 +4,7 @@ No model family is named anywhere: blocks and linears are found, and what a bloc
 is recorded from the model's own forward pass.
 """
 
-from subbit.model.backward import backward, output_grams, token_gradients
+from subbit.model.backward import OutputGrams, TokenGradients, backward, look_at_gradients
 from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_module, weight_of
 from subbit.model.calls import BlockCall
 from subbit.model.capture import block_similarities, capture_inputs, run_block
@@ -21,6 +21,8 @@ __all__ = [
     "LoadedModel",
     "Look",
     "ModelEnd",
+    "OutputGrams",
+    "TokenGradients",
     "Wiring",
     "backward",
     "block_similarities",
@@ -33,13 +35,12 @@ __all__ = [
     "first_inputs",
     "is_skipped",
     "load_model",
+    "look_at_gradients",
     "look_at_windows",
-    "output_grams",
     "positions_at_once",
     "record_calls",
     "replace_module",
     "run_block",
-    "token_gradients",
     "weight_of",
     "wiring",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from subbit.model.calls import BlockCall
 from subbit.model.capture import placed
 from subbit.model.end import ModelEnd
 
-__all__ = ["backward", "output_grams", "token_gradients"]
+__all__ = ["OutputGrams", "TokenGradients", "backward", "look_at_gradients"]
 
 Advance = Callable[[int], None] | None
+Linears = Sequence[dict[str, nn.Module]]
 
 _LOUDEST = 4.0  # times the median token's squared gradient is what a token's counts as at most
 
@@ -64,92 +64,73 @@ def backward(
         advance(3)
 
 
-def token_gradients(
+class TokenGradients:
+    """How much the text's likelihood feels what each linear puts out at each token.
+
+    Attributes:
+        found: for every block and linear the square of the gradient of a window's negative
+            log-likelihood in the linear's output, summed over its outputs, float32 `(nsamples,
+            seqlen)`.
+    """
+
+    def __init__(self, linears: Linears, tokens: Tensor) -> None:
+        self.found = [{name: torch.zeros(tokens.shape) for name in own} for own in linears]
+
+    def __call__(self, i: int, name: str, n: int, gradient: Tensor) -> None:
+        """Take the gradient `(seqlen, outputs)` of window n in a linear of block i."""
+        self.found[i][name][n] = gradient.square().sum(-1)
+
+
+class OutputGrams:
+    """In which directions of its output the text's likelihood feels each linear.
+
+    Attributes:
+        found: for every block and linear `sum g^T g` over all tokens, `(outputs, outputs)` on the
+            CPU: g is the gradient of a window's negative log-likelihood in the linear's output at a
+            token, cut to twice the root mean square that the median token of the window has.
+            Without that a window's first token, on which attention rests, can be nine tenths of
+            the sum for values, and most of it for keys.
+    """
+
+    def __init__(self, linears: Linears) -> None:
+        self.found = [
+            {name: GramAccumulator(weight_of(linear).shape[0]) for name, linear in own.items()}
+            for own in linears
+        ]
+
+    def __call__(self, i: int, name: str, n: int, gradient: Tensor) -> None:
+        """Take the gradient `(tokens, outputs)` of window n in a linear of block i."""
+        size = gradient.square().sum(-1)
+        felt = size[size > 0]
+        if felt.numel():
+            self.found[i][name].add(gradient, (_LOUDEST * felt.median() / size).clamp_max(1.0))
+
+
+def look_at_gradients(
     model: nn.Module,
     blocks: Blocks,
-    linears: Sequence[dict[str, nn.Module]],
+    linears: Linears,
     hidden: Tensor,
     calls: Sequence[BlockCall],
     tokens: Tensor,
+    takers: Sequence[Callable[[int, str, int, Tensor], None]],
     *,
     device: torch.device,
     advance: Advance = None,
-) -> list[dict[str, Tensor]]:
-    """How much the text's likelihood feels what each linear puts out at each token.
+) -> None:
+    """Run every window there and back, and show the gradients in what the linears put out.
 
     Args:
         model: the causal LM, not compressed yet.
         blocks: its decoder blocks.
-        linears: of every block, by name.
+        linears: of every block those to look at, by name.
         hidden: hidden states `(nsamples, seqlen, width)` that enter the first block.
         calls: the other arguments of every block.
         tokens: token ids `(nsamples, seqlen)`.
+        takers: each is given block, linear, window and the gradient of the window's negative
+            log-likelihood in the linear's output, float32 `(tokens, outputs)` on the CPU.
         device: where the blocks run.
         advance: as in `backward`.
-
-    Returns:
-        For every block and linear the square of the gradient of a window's negative log-likelihood
-        in the linear's output, summed over its outputs, float32 `(nsamples, seqlen)`.
-    """
-    found = [{name: torch.zeros(tokens.shape) for name in own} for own in linears]
-
-    def note(i: int, name: str, n: int, gradient: Tensor) -> None:
-        found[i][name][n] = gradient.square().sum(-1)
-
-    _look_at_gradients(model, blocks, linears, hidden, calls, tokens, note, device, advance)
-    return found
-
-
-def output_grams(
-    model: nn.Module,
-    blocks: Blocks,
-    linears: Sequence[dict[str, nn.Module]],
-    hidden: Tensor,
-    calls: Sequence[BlockCall],
-    tokens: Tensor,
-    *,
-    device: torch.device,
-    advance: Advance = None,
-) -> list[dict[str, GramAccumulator]]:
-    """In which directions of its output the text's likelihood feels each linear.
-
-    Args: as of `token_gradients`.
-
-    Returns:
-        For every block and linear `sum g^T g` over all tokens, `(outputs, outputs)` on the CPU: g
-        is the gradient of a window's negative log-likelihood in the linear's output at a token, cut
-        to twice the root mean square that the median token of the window has. Without that the
-        first token, on which attention rests, is nine tenths of the sum for keys and values.
-    """
-    found = [
-        {name: GramAccumulator(weight_of(linear).shape[0]) for name, linear in own.items()}
-        for own in linears
-    ]
-
-    def add(i: int, name: str, n: int, gradient: Tensor) -> None:
-        size = gradient.square().sum(-1)
-        felt = size[size > 0]
-        if felt.numel():
-            found[i][name].add(gradient, (_LOUDEST * felt.median() / size).clamp_max(1.0))
-
-    _look_at_gradients(model, blocks, linears, hidden, calls, tokens, add, device, advance)
-    return found
-
-
-def _look_at_gradients(
-    model: nn.Module,
-    blocks: Blocks,
-    linears: Sequence[dict[str, nn.Module]],
-    hidden: Tensor,
-    calls: Sequence[BlockCall],
-    tokens: Tensor,
-    note: Callable[[int, str, int, Tensor], None],
-    device: torch.device,
-    advance: Advance,
-) -> None:
-    """Run every window there and back; `note` gets block, linear, window and `(tokens, outputs)`.
-
-    The gradients come to the CPU in float32.
     """
     end = ModelEnd(model, blocks)
     with ExitStack() as stack:
@@ -157,7 +138,7 @@ def _look_at_gradients(
         window = _Window(end, device)
         for i, own in enumerate(linears):
             for name, linear in own.items():
-                handle = linear.register_forward_hook(window.hook(partial(note, i, name)))
+                handle = linear.register_forward_hook(window.hook(takers, i, name))
                 stack.callback(handle.remove)
         for n, ids in enumerate(tokens):
             window.n, window.ids = n, ids
@@ -180,11 +161,13 @@ class _Window:
         self.end, self.device = end, device
         self.n, self.ids = 0, torch.empty(0)
 
-    def hook(self, note: Callable[[int, Tensor], None]) -> Callable:
-        """A forward hook that has the gradient of the output noted."""
+    def hook(self, takers: Sequence[Callable], i: int, name: str) -> Callable:
+        """A forward hook that has the gradient of the output taken."""
 
         def write(gradient: Tensor) -> None:
-            note(self.n, gradient.detach().float().flatten(0, -2).cpu())
+            gradient = gradient.detach().float().flatten(0, -2).cpu()
+            for take in takers:
+                take(i, name, self.n, gradient)
 
         def look(module: nn.Module, args: tuple, output: Tensor) -> None:
             if output.requires_grad:
