@@ -11,7 +11,7 @@ from subbit.linalg import compensate, factorize, run_blocks
 class Rounded:
     values: torch.Tensor
 
-    def dense(self):
+    def dequantize(self):
         return self.values
 
 

@@ -27,7 +27,7 @@ class _Block:
     def __init__(self, W):
         self.W = W
 
-    def dense(self):
+    def dequantize(self):
         return self.W
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from subbit.errors import RecipeError
 from subbit.linalg.cholesky import Factor
 
-__all__ = ["COMPENSATIONS", "OBJECTIVES", "BlockView", "compensate", "run_blocks"]
+__all__ = ["COMPENSATIONS", "OBJECTIVES", "BlockView", "HasWeights", "compensate", "run_blocks"]
 
 COMPENSATIONS = ("diagonal", "exact")
 OBJECTIVES = ("gram", "schur")
@@ -39,15 +39,15 @@ class BlockView:
     stop: int
 
 
-class HasDense(Protocol):
-    """A compressed block that can say which dense weights it means."""
+class HasWeights(Protocol):
+    """Compressed columns or rows that can say which dense weights they mean."""
 
-    def dense(self) -> Tensor:
-        """Float32 `(rows, b)`."""
+    def dequantize(self) -> Tensor:
+        """Float32, as large as what was compressed."""
         ...
 
 
-B = TypeVar("B", bound=HasDense)
+B = TypeVar("B", bound=HasWeights)
 
 
 def run_blocks(
@@ -81,7 +81,7 @@ def run_blocks(
         block = compress_block(BlockView(W[:, start:stop], U_b, S, start, stop))
         blocks.append(block)
         if stop < W.shape[1]:
-            E = W[:, start:stop] - block.dense()
+            E = W[:, start:stop] - block.dequantize()
             W[:, stop:] -= compensate(E, U_b, factor.U[start:stop, stop:], compensation)
     return blocks
 

@@ -1,23 +1,15 @@
 """The block loop turned by a quarter: groups of rows, each group's error absorbed by the rest."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from subbit.linalg.blockloop import compensate
+from subbit.linalg.blockloop import HasWeights, compensate
 from subbit.linalg.cholesky import factorize
 
 __all__ = ["run_rows"]
-
-
-class HasWeights(Protocol):
-    """Compressed rows that can say which dense weights they mean."""
-
-    def dequantize(self) -> Tensor:
-        """Float32 `(rows, cols)`."""
-        ...
 
 
 R = TypeVar("R", bound=HasWeights)

@@ -51,7 +51,7 @@ class CodedBlock:
     salient_levels: LevelTable | None = None
     column_scale: Tensor | None = None
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weights that the block means, float32 `(rows, b)`."""
         return assemble([self], self.codes.shape[1], None, {}, dtype=None).dequantize()
 

@@ -64,7 +64,7 @@ class _Rounded:
     params: Tensor
     W: Tensor
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return self.W
 
 

@@ -80,7 +80,7 @@ class _Block:
     alpha: Tensor
     W: Tensor
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return self.W
 
 

@@ -162,7 +162,7 @@ class PBS2PPlus(PBS2P):
         """
         fitted = list(fitted)
         blocks = [as_stored(block) for block in fitted]
-        Q = torch.cat([block.dense() for block in blocks], 1)
+        Q = torch.cat([block.dequantize() for block in blocks], 1)
         R = (W - Q) @ H
         size = self.settings.blocksize
         for _ in range(self.options.passes):
@@ -171,7 +171,7 @@ class PBS2PPlus(PBS2P):
                 target = Q[:, b] + torch.linalg.solve(H[b, b], R[:, b].T).T
                 fitted[i] = self._refined(target, H[b, b], block, nm, sweeps=1)
                 blocks[i] = as_stored(fitted[i])
-                change = blocks[i].dense() - Q[:, b]
+                change = blocks[i].dequantize() - Q[:, b]
                 R -= change @ H[b]
                 Q[:, b] += change
         return blocks

@@ -52,7 +52,7 @@ class _PrunedBlock:
     W: Tensor
     mask: Tensor
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return self.W
 
 
