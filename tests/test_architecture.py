@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["calibration"] = {"linalg", "model", "recipe", "errors"}
 ROOMS["coarse"] = {"linalg", "methods", "model", "prune", "recipe", "errors"}
+ROOMS["lessons"] = {"model", "recipe", "run", "text"}
 ROOMS["refit"] = {"model", "packed", "codes", "recipe", "errors"}
 ROOMS["committed"] = {"model", "packed", "refit"}
 ROOMS["compression"] = set(ROOMS) - {"evaluate"}

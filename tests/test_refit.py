@@ -7,7 +7,6 @@ import torch
 
 from subbit.hub.quantizer import packed_modules
 from subbit.model import Blocks, ModelEnd, find_blocks, first_inputs, record_calls, run_block
-from subbit.recipe import RefitSpec
 from subbit.refit import loose_tensors
 from subbit.refit.model import _Job
 from subbit.refit.tuned import Learner, adam
@@ -198,7 +197,7 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
     target = hidden.clone()
     for block, call in zip(find_blocks(original).modules, calls):
         target = run_block(block, target, call)
-    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, RefitSpec(), None)
+    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, 0.0, [0], None)
     learning = [p for learner in learners for p in learner.begin()]
     job._differentiate(0)
     ours = [p.grad.clone() for p in learning]
@@ -214,14 +213,16 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
         assert torch.allclose(mine, whole, rtol=1e-3, atol=1e-5 * whole.abs().max())
 
 
+@pytest.mark.parametrize("learns_from", ["calibration", "sampled"])
 @pytest.mark.parametrize("fails", ["refit_model", "commit_of"])
 def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
-    fails, text, tmp_path, monkeypatch
+    fails, learns_from, text, tmp_path, monkeypatch
 ):
-    from subbit import compression
+    from subbit import compression, lessons
 
     model = tiny_model("gpt2")
-    kwargs = {"tokenizer": tiny_tokenizer(), "overrides": [*REFIT, *MODEL[1:]]}
+    changes = [*REFIT, *MODEL[1:], f"refit.model_text={learns_from}"]
+    kwargs = {"tokenizer": tiny_tokenizer(), "overrides": changes}
     whole = compress(copy.deepcopy(model), text, **kwargs)
     real, calls = getattr(compression, fails), []
     last = 1 if fails == "refit_model" else len(model.transformer.h) + 2
@@ -237,10 +238,40 @@ def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         compress(copy.deepcopy(model), text, **kwargs)
     monkeypatch.setattr(compression, fails, real)
+    monkeypatch.setattr(lessons, "continued_windows", None)  # what was written is kept
     resumed = compress(copy.deepcopy(model), text, resume="required", **kwargs)
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len(refit_lines(resumed)) == len(refit_lines(whole))
+
+
+def test_the_model_learns_from_what_it_writes(text, monkeypatch):
+    from subbit import compression
+
+    seen, real = [], compression.refit_model
+
+    def watched(model, blocks, linears, hidden, target, calls, spec, order, **kwargs):
+        seen.append((hidden, target, order))
+        return real(model, blocks, linears, hidden, target, calls, spec, order, **kwargs)
+
+    monkeypatch.setattr(compression, "refit_model", watched)
+    for learns_from in ("calibration", "sampled"):
+        done = fitted("llama", text, *MODEL, f"refit.model_text={learns_from}")
+        (line,) = refit_lines(done)
+        assert line["refit"]["after"] < 0.95 * line["refit"]["before"]
+    (hidden, target, order), (more, wanted, mixed) = seen
+    given, steps = len(hidden), len(order)
+    assert order == [step % given for step in range(steps)]
+    assert mixed[::2] == [step % given for step in range(steps // 2)]
+    assert mixed[1::2] == list(range(given, given + steps // 2))
+    assert len(more) == len(wanted) == given + steps // 2
+    assert torch.equal(more[:given], hidden) and torch.equal(wanted[:given], target)
+    original = tiny_model("llama")  # the rest is what the original model makes of it
+    blocks = find_blocks(original)
+    calls = record_calls(original, blocks, windows("llama", text)[:1])
+    for block, call in zip(blocks.modules, calls):
+        more = run_block(block, more, call)
+    assert torch.allclose(more, wanted, atol=1e-5)
 
 
 def test_a_finished_refit_of_the_model_is_not_done_again(text, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from subbit.committed import commit_of, restore_block
 from subbit.errors import RecipeError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.save import save_packed
+from subbit.lessons import Lessons
 from subbit.linalg import GramAccumulator
 from subbit.methods import LinearStats, Method, Settings, make_method
 from subbit.model import (
@@ -268,7 +269,8 @@ class _Job:
         device: torch.device,
         workdir: Workdir | None,
     ) -> None:
-        self.model, self.blocks, self.tokens = loaded.model, blocks, windows.tokens
+        self.loaded, self.model = loaded, loaded.model
+        self.blocks, self.tokens = blocks, windows.tokens
         self.recipe, self.method, self.device, self.workdir = recipe, method, device, workdir
         self.result = CompressedModel(
             loaded.model, loaded.tokenizer, recipe, windows.to_dict(), base_model=loaded.source
@@ -285,12 +287,13 @@ class _Job:
         self.seconds: dict[str, float] = {}
         self.passes = 1
         self.coarse = 0  # steps of the coarse stage
+        self.written = 0  # steps of having the model write
 
     @property
     def steps(self) -> int:
         """Steps of the whole job: one per window and pass, one per linear and ten windows."""
         count = len(self.blocks.modules)
-        others = count * len(self.tokens) + self.coarse + self._steps_of_model
+        others = count * len(self.tokens) + self.coarse + self.written + self._steps_of_model
         others += self._steps_of_gradients * (self._by_token or self._by_output)
         return others + sum(map(self._steps_of_block, range(count)))
 
@@ -320,6 +323,7 @@ class _Job:
         started = time.monotonic()
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
+        lessons = self._lessons(calls, bar)
         gradients = self._gradients(calls, hidden, bar)
         calibrator = Calibrator(self.recipe, self.blocks, calls, hidden, self.device, gradients)
         self.passes = calibrator.passes(self.linears[0])
@@ -341,7 +345,7 @@ class _Job:
                 with self._stage("propagate"), dense_cache(block):
                     calibrator.propagate(i, bar.advance)
         if self.recipe.refit.model_steps:
-            self._refit_model(calibrator, bar)
+            self._refit_model(calibrator, lessons, bar)
         if log is not None:
             log.close()
         self._finish(kept, time.monotonic() - started)
@@ -359,6 +363,19 @@ class _Job:
     @property
     def _by_output(self) -> bool:
         return self.recipe.calibration.outputs == "gradient"
+
+    def _lessons(self, calls: list, bar: Progress) -> Lessons:
+        """What all blocks are refitted on; it is written while the model is the original one."""
+        lessons = Lessons(self.loaded, self.blocks, calls, self.tokens, self.recipe, self.device)
+        self.written = lessons.steps
+        bar.resize(self.steps)
+        if self._is_done:
+            bar.skip(lessons.steps)
+        elif lessons.steps:
+            bar.phase("text written by the model")
+            with self._stage("write"):
+                lessons.prepare(self.workdir, bar.advance)
+        return lessons
 
     def _gradients(
         self, calls: list, hidden: Tensor, bar: Progress
@@ -518,7 +535,7 @@ class _Job:
         )
         return {"block": i, "name": self.blocks.name(i), **_refit_facts(done, begun)}
 
-    def _refit_model(self, calibrator: Calibrator, bar: Progress) -> None:
+    def _refit_model(self, calibrator: Calibrator, lessons: Lessons, bar: Progress) -> None:
         """Tune all blocks together, and commit every one of them a second time."""
         bar.phase("refitting all blocks together")
         if self.workdir is not None and self._is_refitted:
@@ -528,14 +545,16 @@ class _Job:
             return
         with self._stage("refit model"):
             begun = time.monotonic()
+            hidden, target, order = lessons.windows(calibrator.originals)
             done = refit_model(
                 self.model,
                 self.blocks,
                 [list(linears) for linears in self.linears],
-                first_inputs(self.model, self.blocks, self.tokens),
-                calibrator.originals,
+                hidden,
+                target,
                 calibrator.calls,
                 self.recipe.refit,
+                order,
                 device=self.device,
                 advance=bar.advance,
             )

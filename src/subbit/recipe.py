@@ -158,6 +158,8 @@ class RefitSpec(_Spec):
         model_rate: its learning rate, like `rate`.
         model_levels: how the levels of a row and column group learn then: each by itself ("free"),
             or a factor for all of them, and each by itself a fifth as fast ("factor").
+        model_text: what they learn from then: the "calibration" windows in turn, or at every other
+            step a window that the original model wrote, starting from pieces of those ("sampled").
     """
 
     steps: int = Field(0, ge=0)
@@ -166,6 +168,7 @@ class RefitSpec(_Spec):
     model_steps: int = Field(0, ge=0)
     model_rate: float = Field(0.0025, gt=0)
     model_levels: Literal["free", "factor"] = "free"
+    model_text: Literal["calibration", "sampled"] = "calibration"
 
 
 class CoarseSpec(_Spec):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from subbit.errors import NonFiniteError, RecipeError
-from subbit.text import calibration_windows, sample_windows
+from subbit.text import calibration_windows, continued_windows, sample_windows
 from tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -89,3 +89,42 @@ def test_refusals():
     model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="position 1"):
         draw(model)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "opt", "gpt2"])
+def test_pieces_begin_as_the_text_does_and_go_on_as_the_model_would(family, monkeypatch):
+    from subbit.text import sample
+
+    monkeypatch.setattr(sample, "_PIECE", 8)
+    model, steps = tiny_model(family).train(), []
+    text = torch.randint(KNOWN, (3, 20), generator=torch.Generator().manual_seed(1))
+    before = torch.random.get_rng_state()
+    options = {"nsamples": 4, "seed": 5}
+    made = continued_windows(model, TOKENIZER, text, advance=steps.append, **options)
+    assert torch.equal(before, torch.random.get_rng_state()) and model.training
+    assert made.shape == (4, 20) and made.dtype == torch.int64 and made.max() < KNOWN
+    # 20 tokens: three pieces of 7, the first token of each is given
+    given = text.flatten().tolist()
+    assert all(int(token) in given for token in made[:, ::7].flatten())
+    assert sum(steps) == 12 * 6
+    again = continued_windows(model, TOKENIZER, text, **options)
+    other = continued_windows(model, TOKENIZER, text, nsamples=4, seed=6)
+    assert torch.equal(made, again) and not torch.equal(made, other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_what_is_given_is_read(family, monkeypatch):
+    """With the likeliest token always drawn, a piece is the greedy continuation of its start."""
+
+    def likeliest(shares, count, generator):
+        return shares.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    model = tiny_model(family)
+    text = torch.randint(KNOWN, (2, 16), generator=torch.Generator().manual_seed(2))
+    window = continued_windows(model, TOKENIZER, text, nsamples=1)
+    starts = [text[0, i : i + 4].tolist() for i in range(13)]
+    assert window[0, :4].tolist() in starts
+    with torch.no_grad():
+        best = model(window).logits[0, 3:-1, :KNOWN].argmax(-1)
+    assert torch.equal(window[0, 4:], best)

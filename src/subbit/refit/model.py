@@ -4,7 +4,7 @@ The last stage of a run (`refit.model_steps` in a recipe): Adam on the KL diverg
 token's distribution from the original model's, over the calibration windows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,15 @@ def refit_model(
     target: Tensor,
     calls: list[BlockCall],
     spec: RefitSpec,
+    order: Sequence[int],
     *,
     device: torch.device,
     advance: Advance = None,
 ) -> Refit:
     """Tune levels, norms and biases of all blocks in place, their packed linears made anew.
 
-    What is outside the blocks (embeddings, last norm, head) stays as it is. Deterministic: windows
-    come in order, and nothing is drawn.
+    What is outside the blocks (embeddings, last norm, head) stays as it is. Deterministic: nothing
+    is drawn.
 
     Args:
         model: the causal LM, all its blocks compressed.
@@ -44,7 +45,8 @@ def refit_model(
         hidden: hidden states `(nsamples, seqlen, width)` that enter the first block.
         target: those that leave the last block of the original model, same shape.
         calls: the other arguments of every block.
-        spec: `model_steps`, `model_rate` and `model_levels`.
+        spec: `model_rate` and `model_levels`.
+        order: the window of every step of Adam. The first windows also judge the outcome.
         device: where the blocks run.
         advance: called with 1 for every block and window that was run, thrice for the way back.
     """
@@ -54,7 +56,7 @@ def refit_model(
         for block, names in zip(blocks.modules, linears, strict=True)
     ]
     end = ModelEnd(model, blocks)
-    job = _Job(learners, hidden, target, calls, end, device, spec, advance)
+    job = _Job(learners, hidden, target, calls, end, device, spec.model_rate, order, advance)
     with end.on(device):
         return tune(job)
 
@@ -70,12 +72,13 @@ class _Job:
         calls: list[BlockCall],
         end: ModelEnd,
         device: torch.device,
-        spec: RefitSpec,
+        rate: float,
+        order: Sequence[int],
         advance: Advance,
     ) -> None:
         self.learners, self.hidden, self.target = learners, hidden, target
         self.calls, self.end, self.device = calls, end, device
-        self.steps, self.rate = spec.model_steps, spec.model_rate
+        self.steps, self.rate, self.order = len(order), rate, order
         self.advance = advance or (lambda steps: None)
 
     @torch.no_grad()
@@ -97,9 +100,9 @@ class _Job:
         """Adam with a cosine schedule, a window a step."""
         learning = [p for learner in self.learners for p in learner.begin()]
         optimizer, schedule = adam(learning, self.rate, self.steps)
-        for step in range(self.steps):
+        for window in self.order:
             optimizer.zero_grad()
-            self._differentiate(step % len(self.hidden))
+            self._differentiate(window)
             optimizer.step()
             schedule.step()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.errors import RecipeError
-from subbit.text.sample import sample_windows
+from subbit.text.sample import continued_windows, sample_windows
 from subbit.text.sources import NAMED_SOURCES, SELF, Text, load_text
 from subbit.text.windows import Windows, check_windows, make_windows
 
@@ -16,6 +16,7 @@ __all__ = [
     "Windows",
     "calibration_windows",
     "check_windows",
+    "continued_windows",
     "load_text",
     "make_windows",
     "sample_windows",

@@ -11,7 +11,11 @@ from subbit.errors import NonFiniteError, RecipeError
 from subbit.text.sources import SELF
 from subbit.text.windows import Windows, check_windows, tokenizer_name
 
-__all__ = ["evaluating", "sample_windows"]
+__all__ = ["continued_windows", "evaluating", "sample_windows"]
+
+_PIECE = 512  # tokens at most before the model starts on another piece: it drifts from its subject
+_GIVEN = 4  # a piece begins with a quarter that it is given
+_PIECES_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -73,11 +77,60 @@ def sample_windows(
         sampling={"temperature": temperature, "top_k": top_k, "batch_size": batch_size},
     )
     check_windows(windows, model.config)
-    known = max(tokenizer.get_vocab().values()) + 1  # a padded vocabulary has rows without a token
     with evaluating(model):
         for tokens in windows.tokens.split(batch_size):
-            _continue(model, tokens, known, temperature, top_k, generator, advance)
+            _continue(model, tokens, _known(tokenizer), temperature, top_k, generator, advance)
     return windows
+
+
+@torch.no_grad()
+def continued_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    *,
+    nsamples: int,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Windows of pieces that begin as a text does and go on as the model would.
+
+    A window is made of pieces of up to 512 tokens; the first quarter of each is cut out of one of
+    the given windows, the rest is drawn from what the model predicts. All draws come from one own
+    generator on the CPU.
+
+    Args:
+        model: causal LM, on any device.
+        tokenizer: of the model.
+        tokens: the text, int64 `(windows, seqlen)`; every window is used as often as any other.
+        nsamples: number of windows to make.
+        seed: seed of the generator.
+        advance: called with the number of new tokens after each step.
+
+    Returns:
+        int64 `(nsamples, seqlen)`.
+
+    Raises:
+        NonFiniteError: the model's logits are not finite.
+    """
+    seqlen = tokens.shape[1]
+    count = -(-seqlen // _PIECE)
+    length = -(-seqlen // count)
+    given = max(1, length // _GIVEN)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(nsamples * count) % len(tokens)
+    starts = torch.randint(seqlen - given + 1, (len(rows), 1), generator=generator)
+    pieces = tokens.new_empty(len(rows), length)
+    pieces[:, :given] = tokens[rows[:, None], starts + torch.arange(given)]
+    with evaluating(model):
+        for part in pieces.split(_PIECES_AT_ONCE):
+            _continue(model, part, _known(tokenizer), 1.0, None, generator, advance, given)
+    return pieces.view(nsamples, count * length)[:, :seqlen].contiguous()
+
+
+def _known(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids have a token; a padded vocabulary has rows without one."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _starts(
@@ -98,10 +151,14 @@ def _continue(
     top_k: int | None,
     generator: torch.Generator,
     advance: Callable[[int], None] | None,
+    given: int = 1,
 ) -> None:
-    """Fill `tokens` `(batch, seqlen)` in place from column 1 on."""
+    """Fill `tokens` `(batch, seqlen)` in place from column `given` on."""
     cache = None
-    for position in range(1, tokens.shape[1]):
+    if given > 1:  # without the head, whose logits of all these tokens would be large
+        begin = tokens[:, : given - 1].to(model.device)
+        cache = model.base_model(input_ids=begin, use_cache=True).past_key_values
+    for position in range(given, tokens.shape[1]):
         step = tokens[:, position - 1 : position].to(model.device)
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = output.past_key_values

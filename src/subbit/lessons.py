@@ -1,0 +1,127 @@
+"""The text on which all blocks are refitted together: calibration windows, or those and more.
+
+With `refit.model_text: sampled` every other step takes a window that the original model wrote.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from subbit.model import BlockCall, Blocks, LoadedModel, first_inputs, run_block
+from subbit.recipe import Recipe
+from subbit.run.commits import Workdir
+from subbit.text import continued_windows
+
+__all__ = ["Lessons"]
+
+Advance = Callable[[float], None]
+
+_WRITING = 6  # writing a window takes about as long as running it through the model so many times
+
+
+class Lessons:
+    """Windows for `refit_model`, and what leaves the last block of the original model on them.
+
+    Args:
+        loaded: the model and its tokenizer.
+        blocks: its decoder blocks.
+        calls: their other arguments.
+        tokens: the calibration windows, int64 `(nsamples, seqlen)`.
+        recipe: `refit.model_steps`, `refit.model_text` and the seed of its calibration.
+        device: where the blocks are run and the model writes.
+
+    Attributes:
+        count: windows to be written; 0 where calibration windows are all that is used.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        blocks: Blocks,
+        calls: list[BlockCall],
+        tokens: Tensor,
+        recipe: Recipe,
+        device: torch.device,
+    ) -> None:
+        self.model, self.tokenizer, self.blocks = loaded.model, loaded.tokenizer, blocks
+        self.calls, self.tokens, self.device = calls, tokens, device
+        self.seed, self.spec = recipe.calibration.seed, recipe.refit
+        self.count = self.spec.model_steps // 2 if self.spec.model_text == "sampled" else 0
+        self._written = tokens[:0]
+        self._target: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """What `prepare` advances in all: windows run through a block, or as much work."""
+        return (_WRITING + 1) * len(self.blocks.modules) * self.count
+
+    def prepare(self, workdir: Workdir | None, advance: Advance) -> None:
+        """Write the windows, or take up those of an interrupted run, and run the model on them.
+
+        Args:
+            workdir: keeps what was written.
+            advance: called with steps.
+        """
+        if not self.count:
+            return
+        written = workdir.fetch("written") if workdir is not None else None
+        if written is not None:
+            self._written = torch.tensor(written)
+            advance(_WRITING * len(self.blocks.modules) * self.count)
+        else:
+            self._written = self._write(advance)
+            if workdir is not None:
+                workdir.store("written", self._written.tolist())
+        hidden = first_inputs(self.model, self.blocks, self._written)
+        for block, call in zip(self.blocks.modules, self.calls, strict=True):
+            run_block(block, hidden, call, out=hidden, device=self.device, advance=advance)
+        self._target = hidden
+
+    def windows(self, originals: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Everything `refit_model` learns from.
+
+        Args:
+            originals: hidden states that leave the original model's last block on the calibration
+                windows, `(nsamples, seqlen, width)`.
+
+        Returns:
+            Hidden states that enter the first block and those that are to leave the last, both
+            `(nsamples + count, seqlen, width)`, and the window of every step.
+        """
+        tokens = torch.cat((self.tokens, self._written))
+        hidden = first_inputs(self.model, self.blocks, tokens)
+        target = originals if self._target is None else torch.cat((originals, self._target))
+        return hidden, target, self._order()
+
+    def _order(self) -> list[int]:
+        """Calibration windows in turn; where windows were written, they take every other step."""
+        given, steps = len(self.tokens), range(self.spec.model_steps)
+        if not self.count:
+            return [step % given for step in steps]
+        return [given + step // 2 if step % 2 else step // 2 % given for step in steps]
+
+    def _write(self, advance: Advance) -> Tensor:
+        seqlen, left = self.tokens.shape[1], float(_WRITING * len(self.blocks.modules) * self.count)
+        share = left / (self.count * seqlen)
+
+        def count(tokens: int) -> None:
+            nonlocal left
+            left -= tokens * share
+            advance(tokens * share)
+
+        home = self.model.device
+        self.model.to(self.device)
+        try:
+            written = continued_windows(
+                self.model,
+                self.tokenizer,
+                self.tokens,
+                nsamples=self.count,
+                seed=self.seed,
+                advance=count,
+            )
+        finally:
+            self.model.to(home)
+        advance(left)  # what was given, not written
+        return written
