@@ -59,12 +59,12 @@ class Lessons:
     def prepare(self, workdir: Workdir | None, advance: Advance) -> None:
         """Write the windows, or take up those of an interrupted run, and run the model on them.
 
+        Only where there are windows to be written (`count`), and while the model is the original.
+
         Args:
             workdir: keeps what was written.
             advance: called with steps.
         """
-        if not self.count:
-            return
         written = workdir.fetch("written") if workdir is not None else None
         if written is not None:
             self._written = torch.tensor(written)

@@ -77,9 +77,10 @@ def sample_windows(
         sampling={"temperature": temperature, "top_k": top_k, "batch_size": batch_size},
     )
     check_windows(windows, model.config)
+    known = _known(tokenizer)
     with evaluating(model):
         for tokens in windows.tokens.split(batch_size):
-            _continue(model, tokens, _known(tokenizer), temperature, top_k, generator, advance)
+            _continue(model, tokens, known, temperature, top_k, generator, advance)
     return windows
 
 
@@ -122,9 +123,10 @@ def continued_windows(
     starts = torch.randint(seqlen - given + 1, (len(rows), 1), generator=generator)
     pieces = tokens.new_empty(len(rows), length)
     pieces[:, :given] = tokens[rows[:, None], starts + torch.arange(given)]
+    known = _known(tokenizer)
     with evaluating(model):
         for part in pieces.split(_PIECES_AT_ONCE):
-            _continue(model, part, _known(tokenizer), 1.0, None, generator, advance, given)
+            _continue(model, part, known, 1.0, None, generator, advance, given)
     return pieces.view(nsamples, count * length)[:, :seqlen].contiguous()
 
 
