@@ -6,8 +6,9 @@
 Every call multiplies with another matrix of a pool that is larger than any cache, so that weights
 come from memory. Contenders take turns in random order, round after round, and each one's best
 time counts: other load on the machine only ever adds. "ceiling" is a loop that only reads as many
-bytes as the kernel does; "of ceiling" is its time over the kernel's. The kernel is called as a
-`PackedLinear` calls it.
+bytes as the kernel does, in streams side by side as the kernel reads them; "of ceiling" is its time
+over the kernel's. "plain loop" reads as most programs do, from the first byte to the last: some
+processors give a core more. The kernel is called as a `PackedLinear` calls it.
 """
 
 import argparse
@@ -100,6 +101,9 @@ def _contenders(
     def dense(x: torch.Tensor, pool: str) -> Callable[[], object]:
         return lambda: torch.nn.functional.linear(x, take(pool))
 
+    def reading(pool: str, streams: bool) -> Callable[[], object]:
+        return lambda: native.read(take(pool), streams)
+
     found = {
         "b3 float32": ours("b3", x, 2),
         "b3 bfloat16": ours("b3", half, 2),
@@ -111,8 +115,9 @@ def _contenders(
     if batch <= 16:
         found["b3 a8"] = ours("b3", x, 1)
         found["b2 a8"] = ours("b2", x, 1)
-        found["b3 ceiling"] = lambda: native.read(take("b3"))
-        found["b2 ceiling"] = lambda: native.read(take("b2"))
+        for form in ("b3", "b2"):
+            found[f"{form} ceiling"] = reading(form, True)
+            found[f"{form} plain loop"] = reading(form, False)
     return found
 
 
@@ -144,13 +149,16 @@ def _report(shape: str, threads: int, batch: int, best: dict[str, float], as_jso
     for name, took in best.items():
         ratios = ""
         form, _, what = name.partition(" ")
-        if form in ("b3", "b2") and what != "ceiling":
+        if form in ("b3", "b2") and what not in ("ceiling", "plain loop"):
             ratios = (
                 f"{best['torch float32'] / took:6.2f} x float32 "
                 f"{best['torch bfloat16'] / took:6.2f} x bfloat16"
             )
             if f"{form} ceiling" in best:
-                ratios += f" {100 * best[f'{form} ceiling'] / took:6.1f} % of ceiling"
+                ratios += (
+                    f" {100 * best[f'{form} ceiling'] / took:6.1f} % of ceiling"
+                    f" {100 * best[f'{form} plain loop'] / took:6.1f} % of plain loop"
+                )
         print(f"  {name:<16} {took:9.3f} ms {ratios}", flush=True)
 
 

@@ -41,7 +41,7 @@ def b2_linears() -> st.SearchStrategy[CompressedLinear]:
 
 def _linears(**given: st.SearchStrategy) -> st.SearchStrategy[CompressedLinear]:
     defaults = dict(
-        rows=st.integers(1, 40),
+        rows=st.integers(1, 150),
         cols=st.integers(1, 400),
         nm=st.sampled_from([(1, 8), (4, 8), (6, 8), (8, 8), (2, 4), (3, 5), None]),
         group_size=st.sampled_from([128, 256, 1000]),

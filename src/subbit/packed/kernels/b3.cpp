@@ -221,6 +221,9 @@ INLINE void quantise_all(const Shape& s, const T* x, int batch, int8_t* values, 
         }
 }
 
+// Strips that are read side by side: a core reads several streams at once faster than one.
+constexpr int kStreams = 4;
+
 // ---- portable ----------------------------------------------------------------------------------
 
 INLINE void store_sums(const Job& j, int64_t t, int m, const float* sums, int first, int count) {
@@ -293,13 +296,13 @@ INLINE void portable_block(const Job& j, const uint8_t* unit, int t, int64_t b,
 }
 
 template <class F, int P>
-void strip_portable(const Job& j, int64_t strip) {
-    for (int t = 0; t < kTiles; t++) {
+void strips_portable(const Job& j, int64_t strip, int n) {
+    for (int t = 0; t < n * kTiles; t++) {
         float sums[kMaxBatch][kRows] = {};
-        const uint8_t* unit = j.tiles + strip * j.shape.stride;
+        const uint8_t* unit = j.tiles + (strip + t / kTiles) * j.shape.stride;
         for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
-            portable_block<F, P, 8>(j, unit, t, b, sums);
-        if (j.shape.half) portable_block<F, P, 4>(j, unit, t, j.shape.full, sums);
+            portable_block<F, P, 8>(j, unit, t % kTiles, b, sums);
+        if (j.shape.half) portable_block<F, P, 4>(j, unit, t % kTiles, j.shape.full, sums);
         for (int m = 0; m < j.batch; m++) store_sums(j, strip * kTiles + t, m, sums[m], 0, kRows);
     }
 }
@@ -313,7 +316,16 @@ void strip_portable(const Job& j, int64_t strip) {
 // How far ahead of the unit in work its successors are asked for, in bytes. A step asks for its
 // share of a unit's lines, 15 or 10: asked for all at once they hold up the loads.
 template <class F>
-constexpr int kAhead = 12 * F::template kUnit<8>;
+constexpr int kAhead = 3 * F::template kUnit<8>;
+
+// Of `n` strips read side by side, where one goes on: once it ends, `n` strips further on.
+template <class F>
+INLINE const uint8_t* ahead_of(const Shape& s, const uint8_t* unit, int64_t b, int n) {
+    const bool ends = b * F::template kUnit<8> + kAhead<F> >= s.stride;
+    return unit + kAhead<F> + (ends ? (n - 1) * s.stride : 0);
+}
+
+constexpr int64_t kReadAhead = 2048 / 8;  // words, in a loop that only reads
 
 INLINE void ask_for(const uint8_t* line) { _mm_prefetch((const char*)line, _MM_HINT_T0); }
 
@@ -395,12 +407,12 @@ T512 INLINE void columns_512(Work512<P, R, G>& work, const __m512i* code, const 
 // Tiles t .. t + R - 1 of a unit with vectors m .. m + G - 1. Planes are taken up one after the
 // other, for want of registers.
 template <class F, int P, int K, int R, int G>
-T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, int m,
-                           __m512 (*sums)[G]) {
+T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, const uint8_t* ahead, int t,
+                           int64_t b, int m, __m512 (*sums)[G]) {
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * P * kBlock;
     const uint8_t *flags = j.flags + b * kBlock;
-    const uint8_t* ahead = unit + kAhead<F> + t * (F::kBits == 3 ? 4 : 2) * kPlane;
+    ahead += t * (F::kBits == 3 ? 4 : 2) * kPlane;
     Work512<P, R, G> work;
     [[maybe_unused]] __m512i plane[R], code[R], kept[R];
     for (int r = 0; r < R; r++) {
@@ -413,7 +425,7 @@ T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, 
 #define COLUMNS(k)                                                                     \
     stay();                                                                            \
     if (F::kBits == 3 || (k) < 5)                                                      \
-        for (int i = 0; i < R / 2; i++) ask_for(ahead + kPlane * ((k) * (R / 2) + i)); \
+        for (int i = (k) * R / 2; i < ((k) + 1) * R / 2; i++) ask_for(ahead + kPlane * i); \
     columns_512<F, P, R, G>(work, code, flags + 16 * (k), x + 16 * (k))
 #define EACH(...) for (int r = 0; r < R; r++) __VA_ARGS__
 #define LOAD(i) EACH(plane[r] = _mm512_loadu_si512(planes_of<F, K>(unit, t + r) + (i) * kPlane))
@@ -475,20 +487,28 @@ T512 INLINE void tiles_512(const Job& j, const uint8_t* unit, int t, int64_t b, 
     }
 }
 
+template <class F, int P, int K, int R, int G>
+T512 INLINE void units_512(const Job& j, const uint8_t* unit, int n, int64_t b, int m,
+                           __m512 (*sums)[kTiles][G]) {
+    for (int s = 0; s < n; s++, unit += j.shape.stride)
+        for (int t = 0; t < kTiles; t += R)
+            tiles_512<F, P, K, R, G>(j, unit, ahead_of<F>(j.shape, unit, b, n), t, b, m,
+                                     sums[s] + t);
+}
+
 template <class F, int P, int R, int G>
-T512 INLINE void group_512(const Job& j, int64_t strip, int m) {
-    __m512 sums[kTiles][G];
-    for (int t = 0; t < kTiles; t++)
-        for (int g = 0; g < G; g++) sums[t][g] = _mm512_setzero_ps();
+T512 INLINE void group_512(const Job& j, int64_t strip, int n, int m) {
+    __m512 sums[kStreams][kTiles][G];
+    for (int t = 0; t < n * kTiles; t++)
+        for (int g = 0; g < G; g++) sums[t / kTiles][t % kTiles][g] = _mm512_setzero_ps();
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
     for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
-        for (int t = 0; t < kTiles; t += R) tiles_512<F, P, 8, R, G>(j, unit, t, b, m, sums + t);
-    for (int t = 0; t < kTiles && j.shape.half; t += R)
-        tiles_512<F, P, 4, R, G>(j, unit, t, j.shape.full, m, sums + t);
-    for (int t = 0; t < kTiles; t++)
+        units_512<F, P, 8, R, G>(j, unit, n, b, m, sums);
+    if (j.shape.half) units_512<F, P, 4, R, G>(j, unit, n, j.shape.full, m, sums);
+    for (int t = 0; t < n * kTiles; t++)
         for (int g = 0; g < G; g++) {
             float lanes[16], rows[kRows];
-            _mm512_storeu_ps(lanes, sums[t][g]);
+            _mm512_storeu_ps(lanes, sums[t / kTiles][t % kTiles][g]);
             for (int i = 0; i < kRows; i++)
                 rows[i] = (lanes[4 * i] + lanes[4 * i + 1]) + (lanes[4 * i + 2] + lanes[4 * i + 3]);
             store_sums(j, strip * kTiles + t, m + g, rows, 0, kRows);
@@ -496,11 +516,12 @@ T512 INLINE void group_512(const Job& j, int64_t strip, int m) {
 }
 
 template <class F, int P>
-T512 void strip_512(const Job& j, int64_t strip) {
+T512 void strips_512(const Job& j, int64_t strip, int n) {
     int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_512<F, P, 2, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_512<F, P, 2, 2>(j, strip, m);
-    if (m < j.batch) group_512<F, P, 4, 1>(j, strip, m);
+    for (; m + 8 <= j.batch; m += 8) group_512<F, P, 1, 8>(j, strip, n, m);
+    for (; m + 4 <= j.batch; m += 4) group_512<F, P, 2, 4>(j, strip, n, m);
+    for (; m + 2 <= j.batch; m += 2) group_512<F, P, 2, 2>(j, strip, n, m);
+    if (m < j.batch) group_512<F, P, 4, 1>(j, strip, n, m);
 }
 
 // ---- AVX2 and AVX-VNNI: two rows x 16 columns at a time
@@ -571,13 +592,14 @@ T256 INLINE void dot_256(__m256i* sum, const __m256i* w, const int8_t* x) {
 
 // R pairs of rows of a unit, i and on, with G vectors. SALIENT = false: no column is.
 template <class F, bool VNNI, bool SALIENT, int P, int K, int R, int G>
-T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, int m,
-                          __m256 (*sums)[G]) {
+T256 INLINE void rows_256(const Job& j, const uint8_t* unit, const uint8_t* ahead, int i,
+                          int64_t b, int m, __m256 (*sums)[G]) {
     constexpr int planes = VNNI ? P : 1, size = values_of(!VNNI, P), step = VNNI ? 16 : 32;
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * size;
     constexpr int asks = F::kBits == 3 ? 2 : 1;  // lines to ask for, for each pair of rows
-    const uint8_t *flags = j.flags + b * kBlock, *ahead = unit + kAhead<F> + asks * i * kPlane;
+    const uint8_t* flags = j.flags + b * kBlock;
+    ahead += asks * i * kPlane;
     __m256i A[R], B[R], C[R], table[R], sum[planes][G][R];
     __m256 scale[R];
     for (int r = 0; r < R; r++) {
@@ -617,21 +639,29 @@ T256 INLINE void rows_256(const Job& j, const uint8_t* unit, int i, int64_t b, i
         }
 }
 
+template <class F, bool VNNI, bool SALIENT, int P, int K, int R, int G>
+T256 INLINE void units_256(const Job& j, const uint8_t* unit, int n, int64_t b, int m,
+                           __m256 (*sums)[2 * kTiles][G]) {
+    for (int s = 0; s < n; s++, unit += j.shape.stride)
+        for (int i = 0; i < 2 * kTiles; i += R)
+            rows_256<F, VNNI, SALIENT, P, K, R, G>(j, unit, ahead_of<F>(j.shape, unit, b, n), i, b,
+                                                   m, sums[s] + i);
+}
+
 template <class F, bool VNNI, bool SALIENT, int P, int R, int G>
-T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
-    __m256 sums[2 * kTiles][G];
-    for (int i = 0; i < 2 * kTiles; i++)
-        for (int g = 0; g < G; g++) sums[i][g] = _mm256_setzero_ps();
+T256 INLINE void group_256(const Job& j, int64_t strip, int n, int m) {
+    constexpr int pairs = 2 * kTiles;
+    __m256 sums[kStreams][pairs][G];
+    for (int i = 0; i < n * pairs; i++)
+        for (int g = 0; g < G; g++) sums[i / pairs][i % pairs][g] = _mm256_setzero_ps();
     const uint8_t* unit = j.tiles + strip * j.shape.stride;
     for (int64_t b = 0; b < j.shape.full; b++, unit += F::template kUnit<8>)
-        for (int i = 0; i < 2 * kTiles; i += R)
-            rows_256<F, VNNI, SALIENT, P, 8, R, G>(j, unit, i, b, m, sums + i);
-    for (int i = 0; i < 2 * kTiles && j.shape.half; i += R)
-        rows_256<F, VNNI, SALIENT, P, 4, R, G>(j, unit, i, j.shape.full, m, sums + i);
-    for (int i = 0; i < 2 * kTiles; i++)
+        units_256<F, VNNI, SALIENT, P, 8, R, G>(j, unit, n, b, m, sums);
+    if (j.shape.half) units_256<F, VNNI, SALIENT, P, 4, R, G>(j, unit, n, j.shape.full, m, sums);
+    for (int i = 0; i < n * pairs; i++)
         for (int g = 0; g < G; g++) {
             float lanes[8], rows[2];
-            _mm256_storeu_ps(lanes, sums[i][g]);
+            _mm256_storeu_ps(lanes, sums[i / pairs][i % pairs][g]);
             for (int k = 0; k < 2; k++)
                 rows[k] = (lanes[4 * k] + lanes[4 * k + 1]) + (lanes[4 * k + 2] + lanes[4 * k + 3]);
             store_sums(j, strip * kTiles + i / 2, m + g, rows, 2 * (i % 2), 2);
@@ -639,11 +669,11 @@ T256 INLINE void group_256(const Job& j, int64_t strip, int m) {
 }
 
 template <class F, bool VNNI, bool SALIENT, int P>
-T256 void strip_256(const Job& j, int64_t strip) {
+T256 void strips_256(const Job& j, int64_t strip, int n) {
     int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_256<F, VNNI, SALIENT, P, 1, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_256<F, VNNI, SALIENT, P, 1, 2>(j, strip, m);
-    if (m < j.batch) group_256<F, VNNI, SALIENT, P, 2, 1>(j, strip, m);
+    for (; m + 4 <= j.batch; m += 4) group_256<F, VNNI, SALIENT, P, 1, 4>(j, strip, n, m);
+    for (; m + 2 <= j.batch; m += 2) group_256<F, VNNI, SALIENT, P, 1, 2>(j, strip, n, m);
+    if (m < j.batch) group_256<F, VNNI, SALIENT, P, 2, 1>(j, strip, n, m);
 }
 
 #endif
@@ -747,49 +777,55 @@ INLINE void group_neon(const Job& j, int64_t strip, int m) {
         }
 }
 
+// One strip after the other: side by side has not been measured on ARM.
 template <class F, bool DOT, int P>
-void strip_neon(const Job& j, int64_t strip) {
-    int m = 0;
-    for (; m + 4 <= j.batch; m += 4) group_neon<F, DOT, P, 4>(j, strip, m);
-    for (; m + 2 <= j.batch; m += 2) group_neon<F, DOT, P, 2>(j, strip, m);
-    if (m < j.batch) group_neon<F, DOT, P, 1>(j, strip, m);
+void strips_neon(const Job& j, int64_t first, int n) {
+    for (int64_t strip = first; strip < first + n; strip++) {
+        int m = 0;
+        for (; m + 4 <= j.batch; m += 4) group_neon<F, DOT, P, 4>(j, strip, m);
+        for (; m + 2 <= j.batch; m += 2) group_neon<F, DOT, P, 2>(j, strip, m);
+        if (m < j.batch) group_neon<F, DOT, P, 1>(j, strip, m);
+    }
 }
 
 #endif
 // ---- dispatch ----------------------------------------------------------------------------------
 
-// Multiply a strip (16 rows) with all vectors: its codes come from memory once.
-typedef void (*Strip)(const Job&, int64_t strip);
+// Multiply `n` strips (16 rows each) with all vectors: their codes come from memory once.
+typedef void (*Strips)(const Job&, int64_t first, int n);
 
 template <class F, int P>
-Strip strip_of(int isa, [[maybe_unused]] bool salient) {
+Strips strips_of(int isa, [[maybe_unused]] bool salient) {
     constexpr bool maybe [[maybe_unused]] = F::kBits == 3;  // B2 has no salient columns
     switch (isa) {
 #if defined(__x86_64__)
-        case AVX2: return salient ? strip_256<F, false, maybe, P> : strip_256<F, false, false, P>;
-        case AVXVNNI: return salient ? strip_256<F, true, maybe, P> : strip_256<F, true, false, P>;
-        case AVX512: return strip_512<F, P>;
+        case AVX2: return salient ? strips_256<F, false, maybe, P> : strips_256<F, false, false, P>;
+        case AVXVNNI: return salient ? strips_256<F, true, maybe, P> : strips_256<F, true, false, P>;
+        case AVX512: return strips_512<F, P>;
 #endif
 #if defined(__aarch64__)
-        case NEON: return strip_neon<F, false, P>;
-        case NEONDOT: return strip_neon<F, true, P>;
+        case NEON: return strips_neon<F, false, P>;
+        case NEONDOT: return strips_neon<F, true, P>;
 #endif
-        default: return strip_portable<F, P>;
+        default: return strips_portable<F, P>;
     }
 }
 
 template <int P>
 void multiply(const Job& j, int isa, int threads) {
-    const Strip strip = j.shape.bits == 2 ? strip_of<B2, P>(isa, false)
-                                          : strip_of<B3, P>(isa, j.shape.salient);
-    const int64_t strips = j.shape.strips;
+    const Strips multiply_strips = j.shape.bits == 2 ? strips_of<B2, P>(isa, false)
+                                                     : strips_of<B3, P>(isa, j.shape.salient);
+    const int64_t strips = j.shape.strips, groups = (strips + kStreams - 1) / kStreams;
     // below about 50 kB a second thread costs more than it saves
     const int64_t worth = strips * j.shape.stride * j.batch / 50000;
     if (threads > worth) threads = worth < 1 ? 1 : (int)worth;
-    int64_t chunk = strips / (8 * threads);
+    int64_t chunk = groups / (8 * threads);
     chunk = chunk < 1 ? 1 : chunk;
 #pragma omp parallel for schedule(guided, chunk) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < strips; i++) strip(j, i);
+    for (int64_t i = 0; i < groups; i++) {
+        const int64_t first = i * kStreams, left = strips - first;
+        multiply_strips(j, first, left < kStreams ? (int)left : kStreams);
+    }
 }
 
 #if defined(__x86_64__)
@@ -878,9 +914,18 @@ template <class F>
 T256 INLINE __m128i row_levels(const uint8_t* record, const uint8_t* places) {
     const __m128i entries = _mm_load_si128((const __m128i*)places);
     const __m128i zeros = _mm_load_si128((const __m128i*)(places + 16));
-    alignas(16) uint8_t own[16] = {0};
-    memcpy(own, record, F::kRecord);
-    const __m128i bytes = _mm_load_si128((const __m128i*)own);
+    __m128i bytes;  // put together in a register, from no more than the record
+    if (F::kBits == 3) {
+        int32_t last;
+        memcpy(&last, record + 8, 4);
+        bytes = _mm_insert_epi32(_mm_loadl_epi64((const __m128i*)record), last, 2);
+    } else {
+        int32_t first;
+        int16_t last;
+        memcpy(&first, record, 4);
+        memcpy(&last, record + 4, 2);
+        bytes = _mm_insert_epi16(_mm_cvtsi32_si128(first), last, 2);
+    }
     return _mm_xor_si128(_mm_or_si128(_mm_shuffle_epi8(bytes, entries), zeros),
                          _mm_set1_epi8(-128));
 }
@@ -1054,35 +1099,60 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
 
 // ---- the read ceiling --------------------------------------------------------------------------
 
-// Nothing but reads of whole cache lines, eight independent sums: what no kernel can beat.
-INLINE uint64_t read_all(const uint64_t* data, int64_t words) {
-    uint64_t sums[64] = {0};
-    for (int64_t i = 0; i + 64 <= words; i += 64)
-        for (int k = 0; k < 64; k++) sums[k] ^= data[i + k];
-    uint64_t sum = 0;
+// Nothing but reads of whole cache lines, in eight independent sums: what no kernel can beat. S
+// streams of `part` words each are read side by side.
+template <int S>
+INLINE uint64_t read_all(const uint64_t* data, int64_t part) {
+    constexpr int words = 64 / S;
+    uint64_t sums[64] = {0}, sum = 0;
+    for (int64_t i = 0; i + words <= part; i += words)
+        for (int k = 0; k < 64; k++) sums[k] ^= data[k / words * part + i + k % words];
     for (int k = 0; k < 64; k++) sum ^= sums[k];
     return sum;
 }
 
-uint64_t read_portable(const uint64_t* data, int64_t words) { return read_all(data, words); }
+template <int S>
+uint64_t read_portable(const uint64_t* data, int64_t part) {
+    return read_all<S>(data, part);
+}
 #if defined(__x86_64__)
-T256 uint64_t read_256(const uint64_t* data, int64_t words) {
-    __m256i sums[8] = {};
-    for (int64_t i = 0; i + 32 <= words; i += 32)
-        for (int k = 0; k < 8; k++)
-            sums[k] = _mm256_xor_si256(
-                sums[k], _mm256_loadu_si256((const __m256i*)(data + i + 4 * k)));
+// Several streams are asked for where they go on, in the next chunk once this one ends, as the
+// kernels do; a single one, left to the processor, is faster without.
+template <int S>
+INLINE void ask_for_stream(const uint64_t* line, int64_t i, int64_t part) {
+    const int64_t ahead = kReadAhead + (i + kReadAhead < part ? 0 : (S - 1) * part);
+    if (S > 1) ask_for((const uint8_t*)(line + ahead));
+}
+
+template <int S>
+T256 uint64_t read_256(const uint64_t* data, int64_t part) {
+    constexpr int lines = 8 / S;
+    __m256i sums[16] = {};
+    for (int64_t i = 0; i + 8 * lines <= part; i += 8 * lines)
+        for (int k = 0; k < 8; k++) {
+            const uint64_t* line = data + k / lines * part + i + 8 * (k % lines);
+            ask_for_stream<S>(line, i, part);
+            for (int h = 0; h < 2; h++)
+                sums[2 * k + h] = _mm256_xor_si256(
+                    sums[2 * k + h], _mm256_loadu_si256((const __m256i*)(line + 4 * h)));
+        }
     uint64_t lanes[4], sum = 0;
-    for (int k = 1; k < 8; k++) sums[0] = _mm256_xor_si256(sums[0], sums[k]);
+    for (int k = 1; k < 16; k++) sums[0] = _mm256_xor_si256(sums[0], sums[k]);
     _mm256_storeu_si256((__m256i*)lanes, sums[0]);
     for (int k = 0; k < 4; k++) sum ^= lanes[k];
     return sum;
 }
-T512 uint64_t read_512(const uint64_t* data, int64_t words) {
+
+template <int S>
+T512 uint64_t read_512(const uint64_t* data, int64_t part) {
+    constexpr int lines = 8 / S;
     __m512i sums[8] = {};
-    for (int64_t i = 0; i + 64 <= words; i += 64)
-        for (int k = 0; k < 8; k++)
-            sums[k] = _mm512_xor_si512(sums[k], _mm512_loadu_si512(data + i + 8 * k));
+    for (int64_t i = 0; i + 8 * lines <= part; i += 8 * lines)
+        for (int k = 0; k < 8; k++) {
+            const uint64_t* line = data + k / lines * part + i + 8 * (k % lines);
+            ask_for_stream<S>(line, i, part);
+            sums[k] = _mm512_xor_si512(sums[k], _mm512_loadu_si512(line));
+        }
     uint64_t lanes[8], sum = 0;
     for (int k = 1; k < 8; k++) sums[0] = _mm512_xor_si512(sums[0], sums[k]);
     _mm512_storeu_si512(lanes, sums[0]);
@@ -1091,12 +1161,13 @@ T512 uint64_t read_512(const uint64_t* data, int64_t words) {
 }
 #endif
 
+template <int S>
 uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t words) {
 #if defined(__x86_64__)
-    if (isa == AVX512) return read_512(data, words);
-    if (isa != PORTABLE) return read_256(data, words);
+    if (isa == AVX512) return read_512<S>(data, words / S);
+    if (isa != PORTABLE) return read_256<S>(data, words / S);
 #endif
-    return read_portable(data, words);
+    return read_portable<S>(data, words / S);
 }
 
 }  // namespace
@@ -1104,7 +1175,7 @@ uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t word
 // ---- what Python calls -------------------------------------------------------------------------
 
 // Version of this interface; native.py refuses another.
-EXPORT int subbit_b3_version() { return 3; }
+EXPORT int subbit_b3_version() { return 4; }
 
 namespace {
 
@@ -1203,13 +1274,15 @@ EXPORT int subbit_b3_dense(const uint8_t* tiles, int64_t tile_bytes, const uint8
     return 0;
 }
 
-// Read `bytes` bytes (whole chunks of 64 KiB) and return their xor: the measure of other kernels.
-EXPORT uint64_t subbit_b3_read(const void* data, int64_t bytes, int isa, int threads) {
-    const int64_t chunk = 65536, chunks = bytes / chunk;
+// Read `bytes` bytes (whole chunks of 64 KiB), as one stream or several side by side, and return their
+// xor: the measure of other kernels.
+EXPORT uint64_t subbit_b3_read(const void* data, int64_t bytes, int several, int isa, int threads) {
+    const int64_t chunk = 65536, chunks = bytes / chunk, words = chunk / 8;
+    const auto read = several ? read_words<kStreams> : read_words<1>;
     uint64_t sum = 0;
     if (!subbit_b3_supports(isa) || threads < 1) return 0;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1) reduction(^ : sum)
     for (int64_t i = 0; i < chunks; i++)
-        sum ^= read_words(isa, (const uint64_t*)data + i * (chunk / 8), chunk / 8);
+        sum ^= read(isa, (const uint64_t*)data + i * words, words);
     return sum;
 }

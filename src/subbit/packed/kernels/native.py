@@ -20,7 +20,7 @@ from subbit.packed.kernels.layout import check_sizes
 
 __all__ = ["available", "dense", "kernel_name", "linear", "read", "worthwhile"]
 
-_VERSION = 3
+_VERSION = 4
 _ISAS = {"portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "neon": 4, "neondot": 5}
 # How many vectors of (bfloat16, other types) the kernel multiplies sooner than torch does with
 # decoded panels, measured on Zen 5 (NEON: assumed).
@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL | None:
             found.subbit_b3_linear.argtypes = [pointer, number, size, *weights, pointer]
             found.subbit_b3_linear.argtypes += [number, number, number]
             found.subbit_b3_dense.argtypes = [*weights, size, size, pointer, number, number, number]
-            found.subbit_b3_read.argtypes = [pointer, size, number, number]
+            found.subbit_b3_read.argtypes = [pointer, size, number, number, number]
             found.subbit_b3_read.restype = ctypes.c_uint64
             return found
     return None
@@ -182,10 +182,15 @@ def dense(
     return True
 
 
-def read(data: Tensor) -> int:
+def read(data: Tensor, streams: bool = True) -> int:
     """Read a contiguous tensor once, as fast as this machine can, by whole 64 KiB.
 
     It takes the time that no kernel which reads as many bytes from memory can undercut.
+
+    Args:
+        data: any tensor on the CPU.
+        streams: read several streams side by side, as the kernels do; or else one, as a plain loop
+            does, which leaves some of the bandwidth unused on many processors.
 
     Returns:
         The xor of the 64-bit words read; 0, having read nothing, without compiled kernels.
@@ -196,4 +201,5 @@ def read(data: Tensor) -> int:
     if data.device.type != "cpu" or not data.is_contiguous():
         raise ValueError("only a contiguous tensor on the CPU can be read.")
     nbytes = data.numel() * data.element_size()
-    return _library().subbit_b3_read(data.data_ptr(), nbytes, _ISAS[isa], torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return _library().subbit_b3_read(data.data_ptr(), nbytes, int(streams), _ISAS[isa], threads)

@@ -1,8 +1,9 @@
 """The torch operator `subbit::b3_linear`: `y = x Wᵀ` with W in the resident layouts B3 or B2.
 
 Few vectors go through the compiled kernel, which reads the codes themselves. More of them, or any
-number without a compiled kernel, are multiplied by torch with panels of 512 decoded rows: one panel
-is written again and again, so that it stays in the cache and its pages are asked for once.
+number without a compiled kernel, are multiplied by torch with panels of 512 decoded rows for each
+thread: one panel is written again and again, so that it stays in the cache and its pages are asked
+for once.
 """
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from subbit.packed.kernels import native
 from subbit.packed.kernels.layout import check_sizes, dense_rows
 
-__all__ = ["PANEL_ROWS", "b3_linear", "decode"]
+__all__ = ["b3_linear", "decode"]
 
-PANEL_ROWS = 512
+_PANEL_ROWS, _MOST_PANEL_ROWS = 512, 2048
 
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPERATORS = torch.library.Library("subbit", "DEF")
@@ -46,8 +47,14 @@ def decode(
     return dense_rows(tiles, flags, rows, cols, start, stop, dtype)
 
 
+def _panel_rows() -> int:
+    """Rows of a panel: torch shares out those of a product, and does not divide too few of them."""
+    return min(_PANEL_ROWS * torch.get_num_threads(), _MOST_PANEL_ROWS)
+
+
 def _panels(rows: int) -> list[tuple[int, int]]:
-    return [(start, min(start + PANEL_ROWS, rows)) for start in range(0, rows, PANEL_ROWS)]
+    step = _panel_rows()
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
@@ -61,7 +68,7 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
             return y.to(x.dtype).view(*x.shape[:-1], rows)
     check_sizes(tiles, flags, rows, cols)
     y = x.new_empty(flat.shape[0], rows)
-    room = x.new_empty(min(PANEL_ROWS, rows), cols)
+    room = x.new_empty(min(_panel_rows(), rows), cols)
     for start, stop in _panels(rows):
         panel = decode(tiles, flags, rows, cols, start, stop, x.dtype, room[: stop - start])
         torch.mm(flat, panel.T, out=y[:, start:stop])
