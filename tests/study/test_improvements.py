@@ -23,7 +23,9 @@ def test_every_row_of_the_ablation_adds_to_the_one_before_and_ends_with_the_reci
     outputs, allocated, blocks, _ = (
         load_recipe(cell.recipe).override(cell.overrides) for cell in rows()[-4:]
     )
-    assert outputs == before.override(["calibration.outputs=gradient"])
+    writers = ["calibration.outputs=gradient", "asymmetry.linears=writers"]
+    assert outputs == before.override(writers)
+    assert allocated.asymmetry == blocks.asymmetry
     assert (allocated.calibration, allocated.coarse) == (blocks.calibration, blocks.coarse)
     refitted = [load_recipe(cell.recipe).override(cell.overrides).refit for cell in rows()[-2:]]
     assert [bool(refit.model_steps) for refit in refitted] == [False, True]
@@ -45,8 +47,9 @@ def test_refit_recipes_differ_in_what_takes_gradients_and_in_the_allocation():
         plain, refit = load_recipe(f"pbs2p-plus-{nm}"), load_recipe(f"pbs2p-plus-refit-{nm}")
         assert refit.refit.steps > 0 and plain.refit.steps == 0
         assert refit.calibration.outputs == "gradient" and plain.calibration.outputs == "equal"
-        kept = {key: plain.model_dump()[key] for key in ("name", "refit", "calibration", "coarse")}
+        kept = {key: plain.model_dump()[key] for key in ("calibration", "asymmetry")}
         kept["calibration"]["outputs"] = "gradient"
+        kept["asymmetry"]["linears"] = "writers"
         assert refit.model_dump() == plain.model_dump() | {
             **kept,
             "name": refit.name,

@@ -49,7 +49,8 @@ def test_what_differs_is_another_cell(tmp_path, model, what):
     run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
     path = tmp_path / "one" / "good.json"
     record = json.loads(path.read_text())
-    if what in record["cell"]:
+    if what in record["cell"]:  # what old records are known by
+        del record["recipe_sha256"]
         record["cell"][what] = {"overrides": ["group=row"], "recipe": "rtn-3"}[what]
     elif what == "protocol":
         record["protocol"]["windows"] = 3
@@ -59,6 +60,14 @@ def test_what_differs_is_another_cell(tmp_path, model, what):
     said = []
     run_study("two", study_of(Cell("good", "rtn-2")), model, tmp_path, [], said.append)
     assert said[0] == "good: rtn-2 " and (tmp_path / "two" / "good.json").exists()
+
+
+def test_the_same_recipe_said_otherwise_is_the_same_cell(tmp_path, model):
+    run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    unused = Cell("unused", "rtn-2", ["asymmetry.linears=all", "asymmetry.strength=0"])
+    said = []
+    run_study("one", study_of(unused), model, tmp_path, [], said.append)
+    assert said == ["unused: already measured as good"]
 
 
 def test_a_cell_whose_recipe_has_changed_is_measured_again(tmp_path, model, monkeypatch):

@@ -69,8 +69,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the cell's record, from `folder` or a folder beside it where it is there already.
 
-    A cell is the same under any name in any study: same model name, recipe, changes and protocol,
-    and the recipe has not been changed since.
+    A cell is the same under any name in any study: same model name, whole recipe and protocol.
     The packed model is written to disk, inspected, loaded from there, measured, and removed; an
     interrupted compression resumes.
 
@@ -138,6 +137,8 @@ def _digest(recipe: Recipe | None) -> str | None:
     if recipe is None:
         return None
     said = recipe.model_dump(mode="json", exclude_defaults=True)
+    if not recipe.asymmetry.strength:
+        said.pop("asymmetry", None)  # how something is done that is not done
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,24 +158,27 @@ def _load(packed: Path, dtype: str) -> torch.nn.Module:
 
 def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The record of the same cell and where it is, first of this study, then of the others."""
-    wanted = _identity(settings)
     others = sorted(path for path in folder.parent.glob("*/*.json") if path.parent != folder)
     own = folder / f"{settings['cell']['name']}.json"
     for path in [own, *sorted(set(folder.glob("*.json")) - {own}), *others]:
         try:
             record = json.loads(path.read_text())
-            digest = record.get("recipe_sha256", settings["recipe_sha256"])  # old ones have none
-            if _identity(record) == wanted and digest == settings["recipe_sha256"]:
+            if _same(record, settings):
                 return path, record
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not there, or no record of a cell
     return None
 
 
-def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two cells the same, whatever they are called."""
-    cell = record["cell"]
-    return record["model"], cell["recipe"], sorted(cell["overrides"]), record["protocol"]
+def _same(record: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a record is of the cell with these settings, whatever the two are called."""
+    if any(record[key] != settings[key] for key in ("model", "protocol")):
+        return False
+    if "recipe_sha256" in record:
+        return record["recipe_sha256"] == settings["recipe_sha256"]
+    cells = record["cell"], settings["cell"]  # an old one
+    was, now = ((cell["recipe"], sorted(cell["overrides"])) for cell in cells)
+    return was == now
 
 
 def _elsewhere(path: Path, own: Path) -> str:

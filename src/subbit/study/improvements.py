@@ -20,6 +20,7 @@ _OFF = {
     "calibration.sequential": "false",
     "calibration.first_token": "1",
     "asymmetry.strength": "0",
+    "asymmetry.linears": "writers",
 }
 _MEASURED = ["coarse.allocation=measured", "coarse.n_high=2", "coarse.n_low=3"]
 _ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None = as in the recipe
@@ -36,11 +37,15 @@ _ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None =
     ("sequential", {"calibration.sequential": None}),
     ("first-token", {"calibration.first_token": None}),
     ("asymmetric", {"asymmetry.strength": None}),
+    ("all-linears", {"asymmetry.linears": None}),
 ]
+_WRITERS = "asymmetry.linears=writers"  # as in the recipes with gradients
 
 
 def _ablation() -> list[Cell]:
-    """Each row adds to the one before it up to the recipe; then comes what takes gradients."""
+    """Each row adds to the one before it up to the recipe; what takes gradients adds to the row
+    `asymmetric`.
+    """
     cells, now = [], dict(_OFF)
     for name, changes in _ROWS:
         for key, value in changes.items():
@@ -51,8 +56,8 @@ def _ablation() -> list[Cell]:
     refit, outputs = "pbs2p-plus-refit-6-8", "calibration.outputs=gradient"
     return [
         *cells,
-        Cell("outputs", _PLUS, [outputs]),
-        Cell("allocated", _PLUS, [outputs, *_MEASURED]),
+        Cell("outputs", _PLUS, [outputs, _WRITERS]),
+        Cell("allocated", _PLUS, [outputs, *_MEASURED, _WRITERS]),
         Cell("refit-blocks", refit, ["refit.model_steps=0"]),
         Cell("refit", refit),
     ]
@@ -64,7 +69,8 @@ _CHOICES = {
     "strength-0.2": ["asymmetry.strength=0.2"],
     "strength-0.5": ["asymmetry.strength=0.5"],
     "strength-0.8": ["asymmetry.strength=0.8"],
-    "all-linears": ["asymmetry.linears=all"],
+    "writers": [_WRITERS],
+    "outputs": ["calibration.outputs=gradient"],
     "no-residual": ["asymmetry.residual=false"],
     "relative-tokens": ["calibration.tokens=relative"],
     "gradient-tokens": ["calibration.tokens=gradient", "calibration.first_token=1"],

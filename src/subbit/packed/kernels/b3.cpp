@@ -361,7 +361,8 @@ T512 INLINE __m512i table_512(const uint8_t* unit, int t, const uint8_t* places)
 // The scales of a tile's four rows: the upper half of the last dword of each lane.
 template <class F, int K>
 T512 INLINE __m512 scales_512(const uint8_t* unit, int t) {
-    const __m512i last = _mm512_shuffle_epi32(records_512<F, K>(unit, t), (_MM_PERM_ENUM)0xff);
+    const __m512i all = records_512<F, K>(unit, t);  // clang has a macro, where a comma separates
+    const __m512i last = _mm512_shuffle_epi32(all, (_MM_PERM_ENUM)0xff);
     return _mm512_castsi512_ps(_mm512_and_si512(last, _mm512_set1_epi32((int)0xffff0000)));
 }
 

@@ -64,8 +64,9 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
     if x.dtype in _COMPILED_DTYPES:
         own = flat.float() if x.dtype == torch.float16 else flat
         y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
-        if y is not None:
-            return y.to(x.dtype).view(*x.shape[:-1], rows)
+        if y is not None:  # `to` is dear even where it does nothing, and this runs for every token
+            y = y.to(x.dtype) if y.dtype != x.dtype else y
+            return y.view(*x.shape[:-1], rows)
     check_sizes(tiles, flags, rows, cols)
     y = x.new_empty(flat.shape[0], rows)
     room = x.new_empty(min(_panel_rows(), rows), cols)
