@@ -91,6 +91,20 @@ _CHOICES = {
     "64-samples": ["calibration.nsamples=64"],
 }
 
+# The target of pbs2p-plus with other methods; at strength 1 it is the whole way, as in GPTAQ
+_ASYMMETRIC = [
+    "calibration.sequential=true", "asymmetry.strength=0.3", "asymmetry.linears=all",
+]  # fmt: skip
+_OTHERS = [
+    cell
+    for recipe in ("gptq-3", "arb-rc", "pbs2p-6-8")
+    for cell in (
+        Cell(recipe, recipe),
+        Cell(f"{recipe}-asymmetric", recipe, _ASYMMETRIC),
+        Cell(f"{recipe}-asymmetric-1", recipe, [*_ASYMMETRIC, "asymmetry.strength=1"]),
+    )
+]
+
 _BITS = (
     "gptq-2", "gptq-3", "gptq-4", "pbs2p-4-8", "pbs2p-5-8", "pbs2p-6-8",
     "pbs2p-plus-binary", "pbs2p-plus-binary-5-8", "pbs2p-plus-ternary", "pbs2p-plus-4-levels",
@@ -112,6 +126,7 @@ IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {
             *(Cell(name, _PLUS, changes) for name, changes in _CHOICES.items()),
             Cell("4-8-uniform", "pbs2p-plus-4-8"),
             Cell("4-8-measured", "pbs2p-plus-4-8", _CHOICES["measured"]),
+            *_OTHERS,
         ],
     ),
     "pareto": (
