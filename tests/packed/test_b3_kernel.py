@@ -12,7 +12,7 @@ from subbit.packed.kernels import kernel_name, native
 from subbit.packed.kernels.layout import expand
 from subbit.packed.kernels.op import b3_linear, decode
 
-ISAS = ("portable", "avx2", "avxvnni", "avx512", "neon", "neondot")
+ISAS = ("portable", "avx2", "avxvnni", "avx512", "amx", "neon", "neondot")
 RANGE = {1: 127, 2: 32512}  # steps of the largest activation of a block
 
 

@@ -18,6 +18,11 @@
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -30,7 +35,8 @@
 
 namespace {
 
-enum Isa { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, NEON = 4, NEONDOT = 5 };
+enum Isa { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, NEON = 4, NEONDOT = 5, AMX = 6 };
+constexpr int kIsas = 7;
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
 constexpr int kBlock = 128;   // columns of a tile
@@ -38,6 +44,8 @@ constexpr int kRows = 4;      // rows of a tile
 constexpr int kPlane = 64;    // bytes of one code plane of a tile
 constexpr int kTiles = 4;     // tiles of a unit: 16 rows x 128 columns
 constexpr int kMaxBatch = 16;
+constexpr int kSquare = 1024;     // bytes of an AMX tile: 16 rows of 64
+constexpr int kSquareBatch = 5;  // from so many vectors on AMX is faster than AVX-512
 
 // A layout: bits of a code, bytes of a level record (levels + 128, then the bfloat16 scale).
 template <int BITS, int RECORD>
@@ -98,11 +106,17 @@ bool make_shape(int64_t rows, int64_t cols, int64_t bytes, const uint8_t* flags,
 
 // Quantised activations: of each block the vectors one after the other, `kBlock` values of the high
 // plane, then of the low one. For AVX2 both planes together are one int16: of each 16 columns the
-// even ones, then the odd ones.
+// even ones, then the odd ones. For AMX a tile has four columns of sixteen vectors in a row.
 struct Acts {
-    const int8_t* values;  // (blocks, batch, planes, 128), or int16 (blocks, batch, 8, 2, 8)
+    const int8_t* values;  // (blocks, batch, planes, 128), or as `Order` says
     const float* scale;    // (blocks, batch)
     const int32_t* start;  // (blocks, batch, 4): -128 * sum of the block in the first of four
+};
+
+enum Order {
+    PLANES,
+    WORDS,    // int16 (blocks, batch, 8, 2, 8)
+    SQUARES,  // (blocks, halves, planes, 16 x 4 columns, 16 vectors, 4); start is (blocks, batch)
 };
 
 struct Job {
@@ -162,11 +176,11 @@ INLINE float record_scale(const uint8_t* record) {
 INLINE float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
 // Bytes of a vector's values in a block.
-constexpr int values_of(bool words, int P) { return words ? 2 * kBlock : P * kBlock; }
+constexpr int values_of(Order order, int P) { return order == WORDS ? 2 * kBlock : P * kBlock; }
 
-template <bool WORDS, int P>
+template <Order ORDER, int P>
 INLINE void store_quantised(const int32_t* q, int8_t* out) {
-    if (WORDS) {
+    if (ORDER == WORDS) {
         int16_t* words = (int16_t*)out;
         for (int k = 0; k < kBlock / 16; k++)
             for (int i = 0; i < 8; i++) {
@@ -182,7 +196,7 @@ INLINE void store_quantised(const int32_t* q, int8_t* out) {
     }
 }
 
-template <bool WORDS, int P, class T>
+template <Order ORDER, int P, class T>
 INLINE void quantise_block(const T* x, int n, int8_t* out, float* scale, int32_t* start) {
     float value[kBlock];
     int32_t q[kBlock];
@@ -205,19 +219,39 @@ INLINE void quantise_block(const T* x, int n, int8_t* out, float* scale, int32_t
         q[i] = (int32_t)nearest(value[i] * inverse);
         sum += q[i];
     }
-    store_quantised<WORDS, P>(q, out);
+    store_quantised<ORDER, P>(q, out);
     start[0] = -128 * sum;
     start[1] = start[2] = start[3] = 0;
 }
 
-template <bool WORDS, int P, class T>
+// Vector m of a block among the sixteen of its squares.
+template <int P>
+INLINE void store_squares(const int8_t* values, int m, int8_t* block) {
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < kBlock; i += 4)
+            memcpy(block + (i / 64 * P + p) * kSquare + i % 64 / 4 * 64 + 4 * m,
+                   values + p * kBlock + i, 4);
+}
+
+template <Order ORDER, int P, class T>
 INLINE void quantise_all(const Shape& s, const T* x, int batch, int8_t* values, float* scale,
                          int32_t* start) {
+    if (ORDER == SQUARES) memset(values, 0, (size_t)(s.blocks() * 2 * P * kSquare));
     for (int m = 0; m < batch; m++)
         for (int64_t b = 0; b < s.blocks(); b++) {
             const int64_t at = b * batch + m, left = s.cols - b * kBlock;
-            quantise_block<WORDS, P>(x + m * s.cols + b * kBlock, left < kBlock ? (int)left : kBlock,
-                                     values + at * values_of(WORDS, P), scale + at, start + 4 * at);
+            const T* from = x + m * s.cols + b * kBlock;
+            const int n = left < kBlock ? (int)left : kBlock;
+            if (ORDER == SQUARES) {
+                int8_t own[P * kBlock];
+                int32_t first[4];
+                quantise_block<PLANES, P>(from, n, own, scale + at, first);
+                store_squares<P>(own, m, values + b * 2 * P * kSquare);
+                start[at] = first[0];
+            } else {
+                quantise_block<ORDER, P>(from, n, values + at * values_of(ORDER, P), scale + at,
+                                         start + 4 * at);
+            }
         }
 }
 
@@ -525,6 +559,178 @@ T512 void strips_512(const Job& j, int64_t strip, int n) {
     if (m < j.batch) group_512<F, P, 4, 1>(j, strip, n, m);
 }
 
+#if defined(HAS_AMX)
+// ---- AMX: sixteen rows x 64 columns with sixteen vectors at a time
+
+#define TAMX \
+    __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+
+// Codes of columns 16k .. 16k + 15 in the low bits of each byte.
+template <class F>
+TAMX INLINE __m512i code_512(int k, __m512i A, __m512i B, __m512i C) {
+    if (F::kBits == 2) return _mm512_srli_epi16(k < 4 ? A : B, 2 * (k % 4));
+    if (k == 6) return merged_512(_mm512_srli_epi16(A, 6), _mm512_srli_epi16(C, 4));
+    if (k == 7) return merged_512(_mm512_srli_epi16(B, 6), _mm512_srli_epi16(C, 5));
+    const __m512i plane = k < 2 ? A : k < 4 ? B : C;
+    return k % 2 ? _mm512_srli_epi16(plane, 3) : plane;
+}
+
+// Levels of a tile's four rows: rows 4t .. 4t + 3 of a square for each 64 columns.
+template <class F, int K>
+TAMX INLINE void decode_squares(const uint8_t* unit, int t, const uint8_t* flags,
+                                const uint8_t* places, uint8_t* out) {
+    constexpr int count = F::template kPlanes<K>;
+    const uint8_t* codes = planes_of<F, K>(unit, t);
+    const __m512i A = _mm512_loadu_si512(codes);
+    const __m512i B = count > 1 ? _mm512_loadu_si512(codes + kPlane) : A;
+    const __m512i C = count > 2 ? _mm512_loadu_si512(codes + 2 * kPlane) : A;
+    const __m512i table = table_512<F, K>(unit, t, places);
+#pragma GCC unroll 2
+    for (int h = 0; h < K / 4; h++) {
+        __m512i w[4];  // of each 16 columns four rows
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            w[i] = levels_512<F>(table, code_512<F>(4 * h + i, A, B, C),
+                                 four_times(flags + 64 * h + 16 * i));
+        const __m512i a = _mm512_shuffle_i32x4(w[0], w[1], 0x44);
+        const __m512i b = _mm512_shuffle_i32x4(w[0], w[1], 0xee);
+        const __m512i c = _mm512_shuffle_i32x4(w[2], w[3], 0x44);
+        const __m512i d = _mm512_shuffle_i32x4(w[2], w[3], 0xee);
+        uint8_t* rows = out + h * kSquare + t * kRows * 64;
+        _mm512_store_si512(rows, _mm512_shuffle_i32x4(a, c, 0x88));
+        _mm512_store_si512(rows + 64, _mm512_shuffle_i32x4(a, c, 0xdd));
+        _mm512_store_si512(rows + 128, _mm512_shuffle_i32x4(b, d, 0x88));
+        _mm512_store_si512(rows + 192, _mm512_shuffle_i32x4(b, d, 0xdd));
+    }
+}
+
+// Room for a unit's levels and for its sums with both planes.
+struct alignas(64) Squares {
+    uint8_t levels[2 * kSquare];
+    int32_t sums[2][kTiles * kRows][16];
+    // In two rooms side by side what is written and what is read then differ in the last twelve bits
+    // of their addresses, which is all that a processor compares at first.
+    uint8_t apart[2 * kSquare];
+};
+
+template <class F, int K>
+TAMX INLINE void decode_unit(const Job& j, const uint8_t* unit, const uint8_t* ahead, int64_t b,
+                             Squares& room) {
+    constexpr int lines = (F::template kUnit<8> / kPlane + kTiles) / kTiles;
+    for (int t = 0; t < kTiles; t++) {
+        for (int i = 0; i < lines; i++) ask_for(ahead + (lines * t + i) * kPlane);
+        decode_squares<F, K>(unit, t, j.flags + b * kBlock, j.shape.places, room.levels);
+    }
+}
+
+// The vectors of a block: of each half, by plane, in the AMX tiles 4 to 7.
+template <int P, int K>
+TAMX INLINE void load_vectors(const Job& j, int64_t b) {
+    const int8_t* values = j.acts.values + b * 2 * P * kSquare;
+    _tile_loadd(4, values, 64);
+    if (P == 2) _tile_loadd(5, values + kSquare, 64);
+    if (K == 8) _tile_loadd(6, values + P * kSquare, 64);
+    if (K == 8 && P == 2) _tile_loadd(7, values + 3 * kSquare, 64);
+}
+
+template <int P, int K>
+TAMX INLINE void multiply_unit(Squares& room) {
+    stay();  // what the AMX instructions read and write is not told to the compiler
+    _tile_zero(0);
+    if (P == 2) _tile_zero(1);
+    _tile_loadd(2, room.levels, 64);
+    _tile_dpbusd(0, 2, 4);
+    if (P == 2) _tile_dpbusd(1, 2, 5);
+    if (K == 8) {
+        _tile_loadd(3, room.levels + kSquare, 64);
+        _tile_dpbusd(0, 3, 6);
+        if (P == 2) _tile_dpbusd(1, 3, 7);
+    }
+    _tile_stored(0, room.sums[0], 64);
+    if (P == 2) _tile_stored(1, room.sums[1], 64);
+    stay();
+}
+
+template <class F, int P, int K>
+TAMX INLINE void add_unit(const Job& j, const uint8_t* unit, int64_t b, const Squares& room,
+                          __m512* sums) {
+    const __mmask16 vectors = (__mmask16)((1u << j.batch) - 1);
+    const __m512i start = _mm512_maskz_loadu_epi32(vectors, j.acts.start + b * j.batch);
+    const __m512 act = _mm512_maskz_loadu_ps(vectors, j.acts.scale + b * j.batch);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; t++) {
+        const __m512 scales = scales_512<F, K>(unit, t);
+        const __m512 scale[kRows] = {
+            _mm512_shuffle_f32x4(scales, scales, 0x00), _mm512_shuffle_f32x4(scales, scales, 0x55),
+            _mm512_shuffle_f32x4(scales, scales, 0xaa), _mm512_shuffle_f32x4(scales, scales, 0xff)};
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; r++) {
+            const int i = kRows * t + r;
+            __m512i sum = _mm512_load_si512(room.sums[0][i]);
+            if (P == 2)
+                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8),
+                                       _mm512_load_si512(room.sums[1][i]));
+            sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum, start)),
+                                      _mm512_mul_ps(scale[r], act), sums[i]);
+        }
+    }
+}
+
+// Blocks b0 .. b1 - 1 of n strips. A unit is decoded while the one before it is multiplied and the
+// sums of the one before that are added up: what was just written cannot be read by AMX at once.
+template <class F, int P, int K>
+TAMX INLINE void blocks_amx(const Job& j, int64_t strip, int n, int64_t b0, int64_t b1,
+                            __m512 (*sums)[kTiles * kRows]) {
+    Squares room[2];
+    const uint8_t* tiles = j.tiles + strip * j.shape.stride;
+    const auto unit_of = [&](int64_t b, int s) {
+        return tiles + s * j.shape.stride + b * F::template kUnit<8>;
+    };
+    const int64_t count = (b1 - b0) * n;
+    for (int64_t u = 0; u < count + 2; u++) {
+        if (u < count) {
+            const int64_t b = b0 + u / n;
+            const uint8_t* unit = unit_of(b, (int)(u % n));
+            decode_unit<F, K>(j, unit, ahead_of<F>(j.shape, unit, b, n), b, room[u % 2]);
+        }
+        if (u >= 1 && u <= count) {
+            if ((u - 1) % n == 0) load_vectors<P, K>(j, b0 + (u - 1) / n);
+            multiply_unit<P, K>(room[(u - 1) % 2]);
+        }
+        if (u >= 2) {
+            const int64_t b = b0 + (u - 2) / n;
+            const int s = (int)((u - 2) % n);
+            add_unit<F, P, K>(j, unit_of(b, s), b, room[u % 2], sums[s]);
+        }
+    }
+}
+
+template <class F, int P>
+TAMX void strips_amx(const Job& j, int64_t strip, int n) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {0};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shapes;
+    constexpr int rows = kTiles * kRows;
+    __m512 sums[kStreams][rows];
+    for (int i = 0; i < n * rows; i++) sums[i / rows][i % rows] = _mm512_setzero_ps();
+    _tile_loadconfig(&shapes);
+    blocks_amx<F, P, 8>(j, strip, n, 0, j.shape.full, sums);
+    if (j.shape.half) blocks_amx<F, P, 4>(j, strip, n, j.shape.full, j.shape.full + 1, sums);
+    _tile_release();
+    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int s = 0; s < n; s++) {
+        const int64_t row = (strip + s) * rows, left = j.shape.rows - row;
+        const __mmask16 there = (__mmask16)((1u << (left < rows ? left : rows)) - 1);
+        for (int m = 0; m < j.batch; m++)
+            _mm512_mask_storeu_ps(j.out + m * j.shape.rows + row, there,
+                                  _mm512_i32gather_ps(down, (const float*)sums[s] + m, 4));
+    }
+}
+
+#endif
 // ---- AVX2 and AVX-VNNI: two rows x 16 columns at a time
 
 T256 INLINE __m256i twice(const void* p) {
@@ -595,7 +801,8 @@ T256 INLINE void dot_256(__m256i* sum, const __m256i* w, const int8_t* x) {
 template <class F, bool VNNI, bool SALIENT, int P, int K, int R, int G>
 T256 INLINE void rows_256(const Job& j, const uint8_t* unit, const uint8_t* ahead, int i,
                           int64_t b, int m, __m256 (*sums)[G]) {
-    constexpr int planes = VNNI ? P : 1, size = values_of(!VNNI, P), step = VNNI ? 16 : 32;
+    constexpr int planes = VNNI ? P : 1, size = values_of(VNNI ? PLANES : WORDS, P);
+    constexpr int step = VNNI ? 16 : 32;
     const int64_t at = b * j.batch + m;
     const int8_t* x = j.acts.values + at * size;
     constexpr int asks = F::kBits == 3 ? 2 : 1;  // lines to ask for, for each pair of rows
@@ -803,6 +1010,9 @@ Strips strips_of(int isa, [[maybe_unused]] bool salient) {
         case AVX2: return salient ? strips_256<F, false, maybe, P> : strips_256<F, false, false, P>;
         case AVXVNNI: return salient ? strips_256<F, true, maybe, P> : strips_256<F, true, false, P>;
         case AVX512: return strips_512<F, P>;
+#if defined(HAS_AMX)
+        case AMX: return strips_amx<F, P>;
+#endif
 #endif
 #if defined(__aarch64__)
         case NEON: return strips_neon<F, false, P>;
@@ -831,10 +1041,10 @@ void multiply(const Job& j, int isa, int threads) {
 
 #if defined(__x86_64__)
 // The same code, compiled for wider registers.
-template <bool WORDS, int P, class T>
+template <Order ORDER, int P, class T>
 T256 void quantise_256(const Shape& s, const T* x, int batch, int8_t* values, float* scale,
                        int32_t* start) {
-    quantise_all<WORDS, P>(s, x, batch, values, scale, start);
+    quantise_all<ORDER, P>(s, x, batch, values, scale, start);
 }
 #endif
 
@@ -842,15 +1052,17 @@ template <int P, class T>
 void quantise([[maybe_unused]] int isa, const Shape& s, const T* x, int batch, int8_t* values,
               float* scale, int32_t* start) {
 #if defined(__x86_64__)
-    if (isa == AVX2) return quantise_256<true, P>(s, x, batch, values, scale, start);
-    if (isa != PORTABLE) return quantise_256<false, P>(s, x, batch, values, scale, start);
+    if (isa == AVX2) return quantise_256<WORDS, P>(s, x, batch, values, scale, start);
+    if (isa == AMX) return quantise_256<SQUARES, P>(s, x, batch, values, scale, start);
+    if (isa != PORTABLE) return quantise_256<PLANES, P>(s, x, batch, values, scale, start);
 #endif
-    quantise_all<false, P>(s, x, batch, values, scale, start);
+    quantise_all<PLANES, P>(s, x, batch, values, scale, start);
 }
 
 template <int P>
 void linear(Job& j, const void* x, int dtype, int isa, int threads, int8_t* values, float* scale,
             int32_t* start) {
+    if (isa == AMX && j.batch < kSquareBatch) isa = AVX512;
     if (dtype == BFLOAT16)
         quantise<P>(isa, j.shape, (const uint16_t*)x, j.batch, values, scale, start);
     else
@@ -1089,7 +1301,7 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
         const int t = (int)(row / kRows % kTiles), r = (int)(row % kRows);
         T* to = out + (row - row0) * s.cols;
 #if defined(__x86_64__)
-        if (isa == AVX512) dense_512<F>(s, unit, flags, t, r, to);
+        if (isa == AVX512 || isa == AMX) dense_512<F>(s, unit, flags, t, r, to);
         else if (isa != PORTABLE) dense_256<F>(s, unit, flags, t, r, to);
         else dense_any<F>(s, unit, flags, t, r, to);
 #else
@@ -1165,7 +1377,7 @@ T512 uint64_t read_512(const uint64_t* data, int64_t part) {
 template <int S>
 uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t words) {
 #if defined(__x86_64__)
-    if (isa == AVX512) return read_512<S>(data, words / S);
+    if (isa == AVX512 || isa == AMX) return read_512<S>(data, words / S);
     if (isa != PORTABLE) return read_256<S>(data, words / S);
 #endif
     return read_portable<S>(data, words / S);
@@ -1179,6 +1391,18 @@ uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t word
 EXPORT int subbit_b3_version() { return 4; }
 
 namespace {
+
+#if defined(HAS_AMX)
+// Whether the processor has AMX for int8 and Linux lends this process its registers.
+bool amx_allowed() {
+    uint32_t a = 7, b, c = 0, d, top = 0, b0, c0 = 0, d0;
+    __asm__("cpuid" : "+a"(top), "=b"(b0), "+c"(c0), "=d"(d0));
+    if (top < 7) return false;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    if ((d >> 24 & 3) != 3) return false;  // leaf 7, EDX: AMX-TILE and AMX-INT8
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+}
+#endif
 
 bool detect(int isa) {
     if (isa == PORTABLE) return true;
@@ -1195,6 +1419,9 @@ bool detect(int isa) {
         __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
         return a >> 4 & 1;
     }
+#if defined(HAS_AMX)
+    if (isa == AMX) return detect(AVX512) && amx_allowed();
+#endif
     if (isa == AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -1213,16 +1440,16 @@ bool detect(int isa) {
 
 // Asking the processor traps in virtual machines, so it is asked once.
 const struct Found {
-    bool has[NEONDOT + 1];
+    bool has[kIsas];
     Found() {
-        for (int i = 0; i <= NEONDOT; i++) has[i] = detect(i);
+        for (int i = 0; i < kIsas; i++) has[i] = detect(i);
     }
 } kFound;
 
 }  // namespace
 
 // Whether this processor (and this build) runs instruction set `isa`.
-EXPORT int subbit_b3_supports(int isa) { return isa >= 0 && isa <= NEONDOT && kFound.has[isa]; }
+EXPORT int subbit_b3_supports(int isa) { return isa >= 0 && isa < kIsas && kFound.has[isa]; }
 
 // out (batch, rows) = x (batch, cols) @ W^T, both of one type; planes 1 or 2.
 // Returns 0; 1 = sizes that do not fit, 2 = out of memory, 3 = unknown instruction set.
@@ -1236,7 +1463,8 @@ EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8
     if (!subbit_b3_supports(isa)) return 3;
     job.tiles = tiles, job.flags = flags;
     const int64_t most = batch < kMaxBatch ? batch : kMaxBatch, blocks = job.shape.blocks() * most;
-    const int64_t plane_bytes = blocks * values_of(isa == AVX2, planes);
+    const int64_t plane_bytes = isa == AMX ? job.shape.blocks() * 2 * planes * kSquare
+                                           : blocks * values_of(isa == AVX2 ? WORDS : PLANES, planes);
     const int64_t out_bytes = dtype == BFLOAT16 ? most * rows * 4 : 0;
     void* scratch = nullptr;
     if (posix_memalign(&scratch, 64, (size_t)(plane_bytes + blocks * 20 + out_bytes))) return 2;

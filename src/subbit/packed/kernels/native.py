@@ -4,7 +4,7 @@ The shared object is built with the package where there is a C++ compiler. It ne
 built and none of torch's headers; with torch loaded first both share one OpenMP.
 
 Two environment variables choose for all linears: `SUBBIT_KERNEL=off` leaves every linear on the
-reference, `SUBBIT_ISA=portable|avx2|avxvnni|avx512|neon|neondot` names the instruction set.
+reference, `SUBBIT_ISA=portable|avx2|avxvnni|avx512|amx|neon|neondot` names the instruction set.
 """
 
 import ctypes
@@ -21,15 +21,18 @@ from subbit.packed.kernels.layout import check_sizes
 __all__ = ["available", "dense", "kernel_name", "linear", "read", "worthwhile"]
 
 _VERSION = 4
-_ISAS = {"portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "neon": 4, "neondot": 5}
+_ISAS = {  # from the slowest on
+    "portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "amx": 6, "neon": 4, "neondot": 5,
+}  # fmt: skip
 # How many vectors of (bfloat16, other types) the kernel multiplies sooner than torch does with
-# decoded panels, measured on Zen 5 (NEON: assumed).
+# decoded panels, measured on Zen 5, AMX on Sapphire Rapids (NEON: assumed).
 _ANY = 1 << 62
 _WORTHWHILE = {
     "portable": (1, 1),
     "avx2": (8, 64),
     "avxvnni": (16, _ANY),
     "avx512": (32, _ANY),
+    "amx": (128, _ANY),
     "neon": (8, 64),
     "neondot": (16, _ANY),
 }
@@ -83,9 +86,9 @@ def kernel_name() -> str:
     """What multiplies with linears in the resident layout on this machine's CPU.
 
     Returns:
-        An instruction set ("avx512", "avxvnni", "avx2", "neondot", "neon", "portable"); "torch" =
-        panels decoded and multiplied by torch, for want of a compiled kernel; "reference" = kernels
-        are turned off.
+        An instruction set ("amx", "avx512", "avxvnni", "avx2", "neondot", "neon", "portable");
+        "torch" = panels decoded and multiplied by torch, for want of a compiled kernel; "reference"
+        = kernels are turned off.
 
     Raises:
         RecipeError: `SUBBIT_KERNEL` or `SUBBIT_ISA` is unknown or not what this processor has.
