@@ -72,7 +72,7 @@ def test_fuzzed_shapes(isa, linear, batch, planes, seed):
 
 
 @pytest.mark.parametrize(("planes", "bound"), [(2, 1e-4), (1, 1e-2)])
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 16, 40, 67])
 @kinds
 def test_relative_error(isa, kind, planes, bound, batch):
     rows, cols = 256, 576

@@ -46,6 +46,7 @@ constexpr int kTiles = 4;     // tiles of a unit: 16 rows x 128 columns
 constexpr int kMaxBatch = 16;
 constexpr int kSquare = 1024;     // bytes of an AMX tile: 16 rows of 64
 constexpr int kSquareBatch = 5;  // from so many vectors on AMX is faster than AVX-512
+constexpr int kSquareGroups = 4;  // sixteens of vectors at a time
 
 // A layout: bits of a code, bytes of a level record (levels + 128, then the bfloat16 scale).
 template <int BITS, int RECORD>
@@ -116,7 +117,8 @@ struct Acts {
 enum Order {
     PLANES,
     WORDS,    // int16 (blocks, batch, 8, 2, 8)
-    SQUARES,  // (blocks, halves, planes, 16 x 4 columns, 16 vectors, 4); start is (blocks, batch)
+    // (blocks, sixteens of vectors, halves, planes, 16 x 4 columns, 16, 4); start is (blocks, batch)
+    SQUARES,
 };
 
 struct Job {
@@ -224,19 +226,22 @@ INLINE void quantise_block(const T* x, int n, int8_t* out, float* scale, int32_t
     start[1] = start[2] = start[3] = 0;
 }
 
-// Vector m of a block among the sixteen of its squares.
+// Bytes of a block's squares, by the number of vectors.
+INLINE int64_t squares_of(int batch, int P) { return (batch + 15) / 16 * 2 * P * kSquare; }
+
+// A block of one vector, number m, among the squares of all.
 template <int P>
 INLINE void store_squares(const int8_t* values, int m, int8_t* block) {
     for (int p = 0; p < P; p++)
         for (int i = 0; i < kBlock; i += 4)
-            memcpy(block + (i / 64 * P + p) * kSquare + i % 64 / 4 * 64 + 4 * m,
+            memcpy(block + (m / 16 * 2 * P + i / 64 * P + p) * kSquare + i % 64 * 16 + m % 16 * 4,
                    values + p * kBlock + i, 4);
 }
 
 template <Order ORDER, int P, class T>
 INLINE void quantise_all(const Shape& s, const T* x, int batch, int8_t* values, float* scale,
                          int32_t* start) {
-    if (ORDER == SQUARES) memset(values, 0, (size_t)(s.blocks() * 2 * P * kSquare));
+    if (ORDER == SQUARES) memset(values, 0, (size_t)(s.blocks() * squares_of(batch, P)));
     for (int m = 0; m < batch; m++)
         for (int64_t b = 0; b < s.blocks(); b++) {
             const int64_t at = b * batch + m, left = s.cols - b * kBlock;
@@ -246,7 +251,7 @@ INLINE void quantise_all(const Shape& s, const T* x, int batch, int8_t* values, 
                 int8_t own[P * kBlock];
                 int32_t first[4];
                 quantise_block<PLANES, P>(from, n, own, scale + at, first);
-                store_squares<P>(own, m, values + b * 2 * P * kSquare);
+                store_squares<P>(own, m, values + b * squares_of(batch, P));
                 start[at] = first[0];
             } else {
                 quantise_block<ORDER, P>(from, n, values + at * values_of(ORDER, P), scale + at,
@@ -604,59 +609,63 @@ TAMX INLINE void decode_squares(const uint8_t* unit, int t, const uint8_t* flags
     }
 }
 
-// Room for a unit's levels and for its sums with both planes.
-struct alignas(64) Squares {
-    uint8_t levels[2 * kSquare];
-    int32_t sums[2][kTiles * kRows][16];
-    // In two rooms side by side what is written and what is read then differ in the last twelve bits
-    // of their addresses, which is all that a processor compares at first.
+// Sums of two units with sixteen vectors, by plane.
+struct alignas(64) Sums {
+    int32_t units[2][2][kTiles * kRows][16];
+    // What is written beside what is read then differs from it in the last twelve bits of the
+    // address, which is all that a processor compares at first.
     uint8_t apart[2 * kSquare];
 };
 
 template <class F, int K>
 TAMX INLINE void decode_unit(const Job& j, const uint8_t* unit, const uint8_t* ahead, int64_t b,
-                             Squares& room) {
+                             uint8_t* levels) {
     constexpr int lines = (F::template kUnit<8> / kPlane + kTiles) / kTiles;
     for (int t = 0; t < kTiles; t++) {
         for (int i = 0; i < lines; i++) ask_for(ahead + (lines * t + i) * kPlane);
-        decode_squares<F, K>(unit, t, j.flags + b * kBlock, j.shape.places, room.levels);
+        decode_squares<F, K>(unit, t, j.flags + b * kBlock, j.shape.places, levels);
     }
 }
 
-// The vectors of a block: of each half, by plane, in the AMX tiles 4 to 7.
-template <int P, int K>
-TAMX INLINE void load_vectors(const Job& j, int64_t b) {
-    const int8_t* values = j.acts.values + b * 2 * P * kSquare;
-    _tile_loadd(4, values, 64);
-    if (P == 2) _tile_loadd(5, values + kSquare, 64);
-    if (K == 8) _tile_loadd(6, values + P * kSquare, 64);
-    if (K == 8 && P == 2) _tile_loadd(7, values + 3 * kSquare, 64);
+// Half of two units with sixteen vectors, added to the tiles 0 to 3: a sum waits for the one before
+// it, and four take turns.
+template <int P>
+TAMX INLINE void multiply_half(const uint8_t* first, const uint8_t* second, const int8_t* vectors) {
+    _tile_loadd(4, vectors, 64);
+    if (P == 2) _tile_loadd(5, vectors + kSquare, 64);
+    _tile_loadd(6, first, 64);
+    _tile_loadd(7, second, 64);
+    _tile_dpbusd(0, 6, 4);
+    if (P == 2) _tile_dpbusd(1, 6, 5);
+    _tile_dpbusd(2, 7, 4);
+    if (P == 2) _tile_dpbusd(3, 7, 5);
 }
 
 template <int P, int K>
-TAMX INLINE void multiply_unit(Squares& room) {
+TAMX INLINE void multiply_units(const uint8_t* first, const uint8_t* second, const int8_t* vectors,
+                                Sums& to) {
     stay();  // what the AMX instructions read and write is not told to the compiler
     _tile_zero(0);
     if (P == 2) _tile_zero(1);
-    _tile_loadd(2, room.levels, 64);
-    _tile_dpbusd(0, 2, 4);
-    if (P == 2) _tile_dpbusd(1, 2, 5);
-    if (K == 8) {
-        _tile_loadd(3, room.levels + kSquare, 64);
-        _tile_dpbusd(0, 3, 6);
-        if (P == 2) _tile_dpbusd(1, 3, 7);
-    }
-    _tile_stored(0, room.sums[0], 64);
-    if (P == 2) _tile_stored(1, room.sums[1], 64);
+    _tile_zero(2);
+    if (P == 2) _tile_zero(3);
+    multiply_half<P>(first, second, vectors);
+    if (K == 8) multiply_half<P>(first + kSquare, second + kSquare, vectors + P * kSquare);
+    _tile_stored(0, to.units[0][0], 64);
+    if (P == 2) _tile_stored(1, to.units[0][1], 64);
+    _tile_stored(2, to.units[1][0], 64);
+    if (P == 2) _tile_stored(3, to.units[1][1], 64);
     stay();
 }
 
 template <class F, int P, int K>
-TAMX INLINE void add_unit(const Job& j, const uint8_t* unit, int64_t b, const Squares& room,
-                          __m512* sums) {
-    const __mmask16 vectors = (__mmask16)((1u << j.batch) - 1);
-    const __m512i start = _mm512_maskz_loadu_epi32(vectors, j.acts.start + b * j.batch);
-    const __m512 act = _mm512_maskz_loadu_ps(vectors, j.acts.scale + b * j.batch);
+TAMX INLINE void add_unit(const Job& j, const uint8_t* unit, int64_t b, int g,
+                          const int32_t (*planes)[kTiles * kRows][16], __m512* sums) {
+    const int left = j.batch - 16 * g;
+    const int64_t at = b * j.batch + 16 * g;
+    const __mmask16 vectors = (__mmask16)((1u << (left < 16 ? left : 16)) - 1);
+    const __m512i start = _mm512_maskz_loadu_epi32(vectors, j.acts.start + at);
+    const __m512 act = _mm512_maskz_loadu_ps(vectors, j.acts.scale + at);
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; t++) {
         const __m512 scales = scales_512<F, K>(unit, t);
@@ -666,42 +675,40 @@ TAMX INLINE void add_unit(const Job& j, const uint8_t* unit, int64_t b, const Sq
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; r++) {
             const int i = kRows * t + r;
-            __m512i sum = _mm512_load_si512(room.sums[0][i]);
+            __m512i sum = _mm512_load_si512(planes[0][i]);
             if (P == 2)
-                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8),
-                                       _mm512_load_si512(room.sums[1][i]));
+                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(planes[1][i]));
             sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum, start)),
                                       _mm512_mul_ps(scale[r], act), sums[i]);
         }
     }
 }
 
-// Blocks b0 .. b1 - 1 of n strips. A unit is decoded while the one before it is multiplied and the
-// sums of the one before that are added up: what was just written cannot be read by AMX at once.
+// Block b of n strips with all vectors. What was just written cannot be read at once: a unit's sums
+// are added up while the next one is multiplied.
 template <class F, int P, int K>
-TAMX INLINE void blocks_amx(const Job& j, int64_t strip, int n, int64_t b0, int64_t b1,
-                            __m512 (*sums)[kTiles * kRows]) {
-    Squares room[2];
-    const uint8_t* tiles = j.tiles + strip * j.shape.stride;
-    const auto unit_of = [&](int64_t b, int s) {
-        return tiles + s * j.shape.stride + b * F::template kUnit<8>;
-    };
-    const int64_t count = (b1 - b0) * n;
-    for (int64_t u = 0; u < count + 2; u++) {
+TAMX INLINE void block_amx(const Job& j, int64_t strip, int n, int64_t b,
+                           __m512 (*sums)[kSquareGroups][kTiles * kRows]) {
+    alignas(64) uint8_t levels[kStreams][2 * kSquare];
+    Sums found[2];
+    const int64_t stride = j.shape.stride;
+    const uint8_t* unit = j.tiles + strip * stride + b * F::template kUnit<8>;
+    for (int s = 0; s < n; s++)
+        decode_unit<F, K>(j, unit + s * stride, ahead_of<F>(j.shape, unit + s * stride, b, n), b,
+                          levels[s]);
+    const int8_t* values = j.acts.values + b * squares_of(j.batch, P);
+    const int pairs = (n + 1) / 2, count = (j.batch + 15) / 16 * pairs;
+    for (int u = 0; u <= count; u++) {
         if (u < count) {
-            const int64_t b = b0 + u / n;
-            const uint8_t* unit = unit_of(b, (int)(u % n));
-            decode_unit<F, K>(j, unit, ahead_of<F>(j.shape, unit, b, n), b, room[u % 2]);
+            const int first = u % pairs * 2, second = first + 1 < n ? first + 1 : first;
+            multiply_units<P, K>(levels[first], levels[second],
+                                 values + u / pairs * 2 * P * kSquare, found[u % 2]);
         }
-        if (u >= 1 && u <= count) {
-            if ((u - 1) % n == 0) load_vectors<P, K>(j, b0 + (u - 1) / n);
-            multiply_unit<P, K>(room[(u - 1) % 2]);
-        }
-        if (u >= 2) {
-            const int64_t b = b0 + (u - 2) / n;
-            const int s = (int)((u - 2) % n);
-            add_unit<F, P, K>(j, unit_of(b, s), b, room[u % 2], sums[s]);
-        }
+        if (u == 0) continue;
+        const int first = (u - 1) % pairs * 2, g = (u - 1) / pairs;
+        for (int s = first; s < first + 2 && s < n; s++)
+            add_unit<F, P, K>(j, unit + s * stride, b, g, found[(u - 1) % 2].units[s - first],
+                              sums[s][g]);
     }
 }
 
@@ -713,11 +720,14 @@ TAMX void strips_amx(const Job& j, int64_t strip, int n) {
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
     constexpr int rows = kTiles * kRows;
-    __m512 sums[kStreams][rows];
-    for (int i = 0; i < n * rows; i++) sums[i / rows][i % rows] = _mm512_setzero_ps();
+    __m512 sums[kStreams][kSquareGroups][rows];
+    const int groups = (j.batch + 15) / 16;
+    for (int s = 0; s < n; s++)
+        for (int i = 0; i < groups * rows; i++) sums[s][i / rows][i % rows] = _mm512_setzero_ps();
+    stay();
     _tile_loadconfig(&shapes);
-    blocks_amx<F, P, 8>(j, strip, n, 0, j.shape.full, sums);
-    if (j.shape.half) blocks_amx<F, P, 4>(j, strip, n, j.shape.full, j.shape.full + 1, sums);
+    for (int64_t b = 0; b < j.shape.full; b++) block_amx<F, P, 8>(j, strip, n, b, sums);
+    if (j.shape.half) block_amx<F, P, 4>(j, strip, n, j.shape.full, sums);
     _tile_release();
     const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(
         0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -726,7 +736,8 @@ TAMX void strips_amx(const Job& j, int64_t strip, int n) {
         const __mmask16 there = (__mmask16)((1u << (left < rows ? left : rows)) - 1);
         for (int m = 0; m < j.batch; m++)
             _mm512_mask_storeu_ps(j.out + m * j.shape.rows + row, there,
-                                  _mm512_i32gather_ps(down, (const float*)sums[s] + m, 4));
+                                  _mm512_i32gather_ps(
+                                      down, (const float*)sums[s][m / 16] + m % 16, 4));
     }
 }
 
@@ -1462,8 +1473,9 @@ EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8
     if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
     job.tiles = tiles, job.flags = flags;
-    const int64_t most = batch < kMaxBatch ? batch : kMaxBatch, blocks = job.shape.blocks() * most;
-    const int64_t plane_bytes = isa == AMX ? job.shape.blocks() * 2 * planes * kSquare
+    const int64_t limit = isa == AMX ? 16 * kSquareGroups : kMaxBatch;
+    const int64_t most = batch < limit ? batch : limit, blocks = job.shape.blocks() * most;
+    const int64_t plane_bytes = isa == AMX ? job.shape.blocks() * squares_of((int)most, planes)
                                            : blocks * values_of(isa == AVX2 ? WORDS : PLANES, planes);
     const int64_t out_bytes = dtype == BFLOAT16 ? most * rows * 4 : 0;
     void* scratch = nullptr;
