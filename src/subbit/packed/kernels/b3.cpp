@@ -1,10 +1,11 @@
 // Matrix products with weights in the layouts B3 and B2 (layout.py says what the bytes mean).
 //
-// Activations become one or two int8 planes for each block of 128 columns: x = s (255 hi + lo), or
+// Activations become one or two int8 planes for each block of 128 columns: x = s (256 hi + lo), or
 // s hi with one plane. A tile of 4 rows x 128 columns is decoded in registers, 16 columns of its
 // rows at a time: shift, mask, look the int8 level up in the row's 16-entry table, integer dot
 // product. Per block the integers are multiplied by the scales of row and activations. Several tiles
-// and several vectors at once share the loads of activations and the decoded levels.
+// and several vectors at once share the loads of activations and the decoded levels. For AMX, whose
+// tiles come from memory, the levels go through a buffer that stays in the first cache.
 //
 // Plain C++17 without the standard library. Every instruction set is compiled into the one object
 // by target attributes; the caller names the one to use.
@@ -229,7 +230,8 @@ INLINE void quantise_block(const T* x, int n, int8_t* out, float* scale, int32_t
 // Bytes of a block's squares, by the number of vectors.
 INLINE int64_t squares_of(int batch, int P) { return (batch + 15) / 16 * 2 * P * kSquare; }
 
-// A block of one vector, number m, among the squares of all.
+// A block of one vector, number m, among the squares of all. Places of no vector are left as they are:
+// nothing reads their sums.
 template <int P>
 INLINE void store_squares(const int8_t* values, int m, int8_t* block) {
     for (int p = 0; p < P; p++)
@@ -241,7 +243,6 @@ INLINE void store_squares(const int8_t* values, int m, int8_t* block) {
 template <Order ORDER, int P, class T>
 INLINE void quantise_all(const Shape& s, const T* x, int batch, int8_t* values, float* scale,
                          int32_t* start) {
-    if (ORDER == SQUARES) memset(values, 0, (size_t)(s.blocks() * squares_of(batch, P)));
     for (int m = 0; m < batch; m++)
         for (int64_t b = 0; b < s.blocks(); b++) {
             const int64_t at = b * batch + m, left = s.cols - b * kBlock;
@@ -353,7 +354,7 @@ void strips_portable(const Job& j, int64_t strip, int n) {
 #define T256 __attribute__((target("avx2,fma")))
 
 // How far ahead of the unit in work its successors are asked for, in bytes. A step asks for its
-// share of a unit's lines, 15 or 10: asked for all at once they hold up the loads.
+// share of most of a unit's lines: asked for all at once they hold up the loads.
 template <class F>
 constexpr int kAhead = 3 * F::template kUnit<8>;
 
@@ -612,7 +613,7 @@ TAMX INLINE void decode_squares(const uint8_t* unit, int t, const uint8_t* flags
 // Sums of two units with sixteen vectors, by plane.
 struct alignas(64) Sums {
     int32_t units[2][2][kTiles * kRows][16];
-    // What is written beside what is read then differs from it in the last twelve bits of the
+    // What is written while the other is read then differs from it in the last twelve bits of the
     // address, which is all that a processor compares at first.
     uint8_t apart[2 * kSquare];
 };
@@ -1037,16 +1038,20 @@ template <int P>
 void multiply(const Job& j, int isa, int threads) {
     const Strips multiply_strips = j.shape.bits == 2 ? strips_of<B2, P>(isa, false)
                                                      : strips_of<B3, P>(isa, j.shape.salient);
-    const int64_t strips = j.shape.strips, groups = (strips + kStreams - 1) / kStreams;
+    const int64_t strips = j.shape.strips;
     // below about 50 kB a second thread costs more than it saves
     const int64_t worth = strips * j.shape.stride * j.batch / 50000;
     if (threads > worth) threads = worth < 1 ? 1 : (int)worth;
+    // fewer side by side where threads would go without, or the last ones end late
+    int64_t side = strips / (4 * threads);
+    side = side < 1 ? 1 : side < kStreams ? side : kStreams;
+    const int64_t groups = (strips + side - 1) / side;
     int64_t chunk = groups / (8 * threads);
     chunk = chunk < 1 ? 1 : chunk;
 #pragma omp parallel for schedule(guided, chunk) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < groups; i++) {
-        const int64_t first = i * kStreams, left = strips - first;
-        multiply_strips(j, first, left < kStreams ? (int)left : kStreams);
+        const int64_t first = i * side, left = strips - first;
+        multiply_strips(j, first, (int)(left < side ? left : side));
     }
 }
 
@@ -1323,8 +1328,8 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
 
 // ---- the read ceiling --------------------------------------------------------------------------
 
-// Nothing but reads of whole cache lines, in eight independent sums: what no kernel can beat. S
-// streams of `part` words each are read side by side.
+// Nothing but reads of whole cache lines, in independent sums. S streams of `part` words each are
+// read side by side.
 template <int S>
 INLINE uint64_t read_all(const uint64_t* data, int64_t part) {
     constexpr int words = 64 / S;

@@ -186,9 +186,9 @@ def dense(
 
 
 def read(data: Tensor, streams: bool = True) -> int:
-    """Read a contiguous tensor once, as fast as this machine can, by whole 64 KiB.
+    """Read a contiguous tensor once, by whole 64 KiB: with streams, as fast as this machine can.
 
-    It takes the time that no kernel which reads as many bytes from memory can undercut.
+    That takes the time that a kernel which reads as many bytes from memory can hardly undercut.
 
     Args:
         data: any tensor on the CPU.

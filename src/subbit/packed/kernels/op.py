@@ -2,8 +2,8 @@
 
 Few vectors go through the compiled kernel, which reads the codes themselves. More of them, or any
 number without a compiled kernel, are multiplied by torch with panels of 512 decoded rows for each
-thread: one panel is written again and again, so that it stays in the cache and its pages are asked
-for once.
+thread, 2048 at most: one panel is written again and again, so that much of it stays in the cache
+and its pages are asked for once.
 """
 
 import torch
@@ -47,13 +47,9 @@ def decode(
     return dense_rows(tiles, flags, rows, cols, start, stop, dtype)
 
 
-def _panel_rows() -> int:
-    """Rows of a panel: torch shares out those of a product, and does not divide too few of them."""
-    return min(_PANEL_ROWS * torch.get_num_threads(), _MOST_PANEL_ROWS)
-
-
 def _panels(rows: int) -> list[tuple[int, int]]:
-    step = _panel_rows()
+    """torch shares out the rows of a product, and does not divide too few of them."""
+    step = min(_PANEL_ROWS * torch.get_num_threads(), _MOST_PANEL_ROWS)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -69,8 +65,9 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
             return y.view(*x.shape[:-1], rows)
     check_sizes(tiles, flags, rows, cols)
     y = x.new_empty(flat.shape[0], rows)
-    room = x.new_empty(min(_panel_rows(), rows), cols)
-    for start, stop in _panels(rows):
+    panels = _panels(rows)
+    room = x.new_empty(panels[0][1], cols)
+    for start, stop in panels:
         panel = decode(tiles, flags, rows, cols, start, stop, x.dtype, room[: stop - start])
         torch.mm(flat, panel.T, out=y[:, start:stop])
     return y.view(*x.shape[:-1], rows)
