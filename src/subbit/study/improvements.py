@@ -91,7 +91,7 @@ _CHOICES = {
     "64-samples": ["calibration.nsamples=64"],
 }
 
-# The target of pbs2p-plus with other methods; at strength 1 it is the whole way, as in GPTAQ
+# The target of pbs2p-plus with other methods; at strength 1 it is what GPTAQ aims at
 _ASYMMETRIC = [
     "calibration.sequential=true", "asymmetry.strength=0.3", "asymmetry.linears=all",
 ]  # fmt: skip
