@@ -227,8 +227,10 @@ INLINE void quantise_block(const T* x, int n, int8_t* out, float* scale, int32_t
     start[1] = start[2] = start[3] = 0;
 }
 
+INLINE int sixteens_of(int batch) { return (batch + 15) / 16; }
+
 // Bytes of a block's squares, by the number of vectors.
-INLINE int64_t squares_of(int batch, int P) { return (batch + 15) / 16 * 2 * P * kSquare; }
+INLINE int64_t squares_of(int batch, int P) { return sixteens_of(batch) * 2 * P * kSquare; }
 
 // A block of one vector, number m, among the squares of all. Places of no vector are left as they are:
 // nothing reads their sums.
@@ -610,6 +612,9 @@ TAMX INLINE void decode_squares(const uint8_t* unit, int t, const uint8_t* flags
     }
 }
 
+// The first `n` of sixteen, or all.
+INLINE __mmask16 first_of(int64_t n) { return (__mmask16)((1u << (n < 16 ? n : 16)) - 1); }
+
 // Sums of two units with sixteen vectors, by plane.
 struct alignas(64) Sums {
     int32_t units[2][2][kTiles * kRows][16];
@@ -662,9 +667,8 @@ TAMX INLINE void multiply_units(const uint8_t* first, const uint8_t* second, con
 template <class F, int P, int K>
 TAMX INLINE void add_unit(const Job& j, const uint8_t* unit, int64_t b, int g,
                           const int32_t (*planes)[kTiles * kRows][16], __m512* sums) {
-    const int left = j.batch - 16 * g;
     const int64_t at = b * j.batch + 16 * g;
-    const __mmask16 vectors = (__mmask16)((1u << (left < 16 ? left : 16)) - 1);
+    const __mmask16 vectors = first_of(j.batch - 16 * g);
     const __m512i start = _mm512_maskz_loadu_epi32(vectors, j.acts.start + at);
     const __m512 act = _mm512_maskz_loadu_ps(vectors, j.acts.scale + at);
 #pragma GCC unroll 4
@@ -698,7 +702,7 @@ TAMX INLINE void block_amx(const Job& j, int64_t strip, int n, int64_t b,
         decode_unit<F, K>(j, unit + s * stride, ahead_of<F>(j.shape, unit + s * stride, b, n), b,
                           levels[s]);
     const int8_t* values = j.acts.values + b * squares_of(j.batch, P);
-    const int pairs = (n + 1) / 2, count = (j.batch + 15) / 16 * pairs;
+    const int pairs = (n + 1) / 2, count = sixteens_of(j.batch) * pairs;
     for (int u = 0; u <= count; u++) {
         if (u < count) {
             const int first = u % pairs * 2, second = first + 1 < n ? first + 1 : first;
@@ -722,7 +726,7 @@ TAMX void strips_amx(const Job& j, int64_t strip, int n) {
     } shapes;
     constexpr int rows = kTiles * kRows;
     __m512 sums[kStreams][kSquareGroups][rows];
-    const int groups = (j.batch + 15) / 16;
+    const int groups = sixteens_of(j.batch);
     for (int s = 0; s < n; s++)
         for (int i = 0; i < groups * rows; i++) sums[s][i / rows][i % rows] = _mm512_setzero_ps();
     stay();
@@ -733,8 +737,8 @@ TAMX void strips_amx(const Job& j, int64_t strip, int n) {
     const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(
         0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (int s = 0; s < n; s++) {
-        const int64_t row = (strip + s) * rows, left = j.shape.rows - row;
-        const __mmask16 there = (__mmask16)((1u << (left < rows ? left : rows)) - 1);
+        const int64_t row = (strip + s) * rows;
+        const __mmask16 there = first_of(j.shape.rows - row);
         for (int m = 0; m < j.batch; m++)
             _mm512_mask_storeu_ps(j.out + m * j.shape.rows + row, there,
                                   _mm512_i32gather_ps(
@@ -1408,14 +1412,25 @@ EXPORT int subbit_b3_version() { return 4; }
 
 namespace {
 
+#if defined(__x86_64__)
+struct Cpuid {
+    uint32_t a, b, c, d;
+};
+
+Cpuid cpuid(uint32_t leaf, uint32_t subleaf) {
+    Cpuid r = {leaf, 0, subleaf, 0};
+    __asm__("cpuid" : "+a"(r.a), "=b"(r.b), "+c"(r.c), "=d"(r.d));
+    return r;
+}
+
+// What leaf 7 of the processor says; nothing where it has none.
+Cpuid leaf_7(uint32_t subleaf) { return cpuid(0, 0).a < 7 ? Cpuid{0, 0, 0, 0} : cpuid(7, subleaf); }
+#endif
+
 #if defined(HAS_AMX)
 // Whether the processor has AMX for int8 and Linux lends this process its registers.
 bool amx_allowed() {
-    uint32_t a = 7, b, c = 0, d, top = 0, b0, c0 = 0, d0;
-    __asm__("cpuid" : "+a"(top), "=b"(b0), "+c"(c0), "=d"(d0));
-    if (top < 7) return false;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if ((d >> 24 & 3) != 3) return false;  // leaf 7, EDX: AMX-TILE and AMX-INT8
+    if ((leaf_7(0).d >> 24 & 3) != 3) return false;  // EDX: AMX-TILE and AMX-INT8
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 }
 #endif
@@ -1426,15 +1441,8 @@ bool detect(int isa) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == AVX2) return avx2;
-    if (isa == AVXVNNI) {
-        // leaf 7, subleaf 1, EAX bit 4; compilers name this feature only since gcc 11
-        uint32_t a = 7, b, c = 1, d;
-        uint32_t top = 0, b0, c0 = 0, d0;
-        __asm__("cpuid" : "+a"(top), "=b"(b0), "+c"(c0), "=d"(d0));
-        if (!avx2 || top < 7) return 0;
-        __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-        return a >> 4 & 1;
-    }
+    // EAX of subleaf 1: compilers name this feature only since gcc 11
+    if (isa == AVXVNNI) return avx2 && (leaf_7(1).a >> 4 & 1);
 #if defined(HAS_AMX)
     if (isa == AMX) return detect(AVX512) && amx_allowed();
 #endif
