@@ -21,7 +21,7 @@ import torch
 
 from subbit.packed.kernels import kernel_name, native
 from subbit.packed.kernels.layout import sizes
-from subbit.packed.kernels.op import b3_linear
+from subbit.packed.kernels.op import b3_linear_no_grad
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def _contenders(
 
     def ours(pool: str, x: torch.Tensor, planes: int) -> Callable[[], object]:
         flags = pools[f"{pool} flags"]
-        return lambda: b3_linear(x, take(pool), flags, rows, cols, planes)
+        return lambda: b3_linear_no_grad(x, take(pool), flags, rows, cols, planes)
 
     def dense(x: torch.Tensor, pool: str) -> Callable[[], object]:
         return lambda: torch.nn.functional.linear(x, take(pool))

@@ -10,17 +10,30 @@ from subbit.errors import RecipeError, SubbitError
 from subbit.packed import pack
 from subbit.packed.kernels import kernel_name, native
 from subbit.packed.kernels.layout import expand
-from subbit.packed.kernels.op import b3_linear, decode
+from subbit.packed.kernels.op import b3_linear, b3_linear_no_grad, decode
 
 ISAS = ("portable", "avx2", "avxvnni", "avx512", "amx", "neon", "neondot")
 RANGE = {1: 127, 2: 32512}  # steps of the largest activation of a block
 
 
+@pytest.fixture
+def choose_isa(monkeypatch):
+    """Set `SUBBIT_ISA`, and have it read."""
+
+    def choose(name):
+        monkeypatch.setenv("SUBBIT_ISA", name)
+        native.read_environment_again()
+
+    yield choose
+    monkeypatch.undo()
+    native.read_environment_again()
+
+
 @pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
+def isa(request, choose_isa, monkeypatch):
     if native.kernel_name() == "torch":
         pytest.skip("the kernels are not compiled here; pip install -e . compiles them")
-    monkeypatch.setenv("SUBBIT_ISA", request.param)
+    choose_isa(request.param)
     monkeypatch.setattr(native, "worthwhile", lambda isa, dtype: 200)
     try:
         return kernel_name()
@@ -84,12 +97,12 @@ def test_relative_error(isa, kind, planes, bound, batch):
 
 
 @kinds
-def test_instruction_sets_agree(isa, kind, monkeypatch):
+def test_instruction_sets_agree(isa, kind, choose_isa):
     rows, cols = 148, 450
     x = torch.randn(11, cols, generator=torch.Generator().manual_seed(1))
     weights = resident(make_int8(rows, cols, seed=2, **kind))
     y = b3_linear(x, *weights, rows, cols, 2)
-    monkeypatch.setenv("SUBBIT_ISA", "portable")
+    choose_isa("portable")
     other = b3_linear(x, *weights, rows, cols, 2)
     assert (y - other).norm() <= 1e-6 * other.norm()
 
@@ -230,7 +243,7 @@ def test_salient_flags_mean_nothing_in_two_bits(isa):
 
 @kinds
 def test_without_a_compiler_torch_does_it(monkeypatch, kind):
-    monkeypatch.setattr(native, "_compiled", lambda: None)
+    monkeypatch.setattr(native, "_isa", lambda: "torch")
     linear = make_int8(40, 300, seed=3, **kind)
     x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     y = b3_linear(x, *resident(linear), 40, 300, 2)
@@ -246,25 +259,26 @@ def test_gradients_of_the_activations():
     assert (x.grad - wanted).norm() <= 1e-3 * wanted.norm()
 
 
-def test_the_operator_keeps_torchs_rules():
+@pytest.mark.parametrize("operator", [b3_linear, b3_linear_no_grad], ids=["grad", "no grad"])
+def test_the_operators_keep_torchs_rules(operator):
     linear = make_int8(16, 128)
-    x = torch.randn(2, 128, requires_grad=True)
+    x = torch.randn(2, 128, requires_grad=operator is b3_linear)
     args = (x, *resident(linear), 16, 128, 2)
     torch.library.opcheck(
-        torch.ops.subbit.b3_linear.default,
+        operator.default,
         args,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-def test_names(monkeypatch):
+def test_names(monkeypatch, choose_isa):
     monkeypatch.setenv("SUBBIT_KERNEL", "off")
     assert kernel_name() == "reference"
     monkeypatch.setenv("SUBBIT_KERNEL", "of")
     with pytest.raises(RecipeError, match="on or off"):
         kernel_name()
     monkeypatch.setenv("SUBBIT_KERNEL", "on")
-    monkeypatch.setenv("SUBBIT_ISA", "avx521")
+    choose_isa("avx521")
     with pytest.raises(RecipeError, match="did you mean 'avx512'"):
         kernel_name()
 

@@ -91,7 +91,7 @@ class PackedLinear(nn.Module):
     @property
     def backend(self) -> str:
         """What multiplies: "reference" or "cpu"."""
-        return "reference" if getattr(self, "tiles", None) is None else "cpu"
+        return "reference" if self._buffers.get("tiles") is None else "cpu"
 
     def set_backend(self, backend: str) -> None:
         """Change how W is held and multiplied with, without loss: one of `BACKENDS`.
@@ -153,10 +153,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.backend == "cpu":
+        # straight from where torch keeps them: attributes of a module are found the long way
+        bias, tiles = self._parameters["bias"], self._buffers.get("tiles")
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        if tiles is not None:
+            wanted = x.requires_grad and torch.is_grad_enabled()
+            multiply = op.b3_linear if wanted else op.b3_linear_no_grad
             size = self.out_features, self.in_features
-            y = op.b3_linear(x, self.tiles, self.flags, *size, self.planes)
+            y = multiply(x, tiles, self._buffers["flags"], *size, self.planes)
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 

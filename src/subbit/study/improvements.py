@@ -109,7 +109,7 @@ _BITS = (
     "gptq-2", "gptq-3", "gptq-4", "pbs2p-4-8", "pbs2p-5-8", "pbs2p-6-8",
     "pbs2p-plus-binary", "pbs2p-plus-binary-5-8", "pbs2p-plus-ternary", "pbs2p-plus-4-levels",
     "pbs2p-plus-8-levels", "pbs2p-plus-4-8", "pbs2p-plus-5-8", "pbs2p-plus-6-8",
-    "pbs2p-plus-refit-4-8", "pbs2p-plus-refit-6-8",
+    "pbs2p-plus-refit-4-8", "pbs2p-plus-refit-5-8", "pbs2p-plus-refit-6-8",
 )  # fmt: skip
 
 IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {

@@ -1408,7 +1408,7 @@ uint64_t read_words([[maybe_unused]] int isa, const uint64_t* data, int64_t word
 // ---- what Python calls -------------------------------------------------------------------------
 
 // Version of this interface; native.py refuses another.
-EXPORT int subbit_b3_version() { return 4; }
+EXPORT int subbit_b3_version() { return 5; }
 
 namespace {
 
@@ -1475,12 +1475,23 @@ const struct Found {
 // Whether this processor (and this build) runs instruction set `isa`.
 EXPORT int subbit_b3_supports(int isa) { return isa >= 0 && isa < kIsas && kFound.has[isa]; }
 
+// What to multiply; every field has eight bytes.
+struct Linear {
+    const void* x;
+    int64_t dtype, batch;
+    const uint8_t* tiles;
+    int64_t tile_bytes;
+    const uint8_t* flags;
+    int64_t flag_bytes, rows, cols;
+    void* out;
+    int64_t planes, isa, threads;
+};
+
 // out (batch, rows) = x (batch, cols) @ W^T, both of one type; planes 1 or 2.
 // Returns 0; 1 = sizes that do not fit, 2 = out of memory, 3 = unknown instruction set.
-EXPORT int subbit_b3_linear(const void* x, int dtype, int64_t batch, const uint8_t* tiles,
-                            int64_t tile_bytes, const uint8_t* flags, int64_t flag_bytes,
-                            int64_t rows, int64_t cols, void* out, int planes, int isa,
-                            int threads) {
+EXPORT int subbit_b3_linear(const Linear* call) {
+    const auto [x, dtype, batch, tiles, tile_bytes, flags, flag_bytes, rows, cols, out, planes, isa,
+                threads] = *call;
     Job job;
     if (!make_shape(rows, cols, tile_bytes, flags, flag_bytes, &job.shape)) return 1;
     if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;

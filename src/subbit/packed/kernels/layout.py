@@ -156,13 +156,15 @@ def check_sizes(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> int:
         ValueError: bytes too few or too many, or no bytes.
     """
     forms, width = _known_sizes(rows, cols)
+    bits = forms.get(tiles.numel())
+    if bits and flags.numel() == width and tiles.dtype == flags.dtype == torch.uint8:
+        return bits
     for name, tensor, counts in (("tiles", tiles, forms), ("flags", flags, (width,))):
         if tensor.dtype != torch.uint8 or tensor.numel() not in counts:
             raise ValueError(
                 f"{name} of a linear ({rows}, {cols}) must be {' or '.join(map(str, counts))} "
                 f"bytes, not {tensor.numel()} of {tensor.dtype}."
             )
-    return forms[tiles.numel()]
 
 
 def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:

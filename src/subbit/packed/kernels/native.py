@@ -4,12 +4,14 @@ The shared object is built with the package where there is a C++ compiler. It ne
 built and none of torch's headers; with torch loaded first both share one OpenMP.
 
 Two environment variables choose for all linears: `SUBBIT_KERNEL=off` leaves every linear on the
-reference, `SUBBIT_ISA=portable|avx2|avxvnni|avx512|amx|neon|neondot` names the instruction set.
+reference, `SUBBIT_ISA=portable|avx2|avxvnni|avx512|amx|neon|neondot` names the instruction set; a
+process reads it once, since looking it up for every product takes a part of a small one's time.
 """
 
 import ctypes
 import os
-from functools import lru_cache
+import struct
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,9 +20,17 @@ from torch import Tensor
 from subbit.errors import RecipeError, SubbitError, nearest
 from subbit.packed.kernels.layout import check_sizes
 
-__all__ = ["available", "dense", "kernel_name", "linear", "read", "worthwhile"]
+__all__ = [
+    "available",
+    "dense",
+    "kernel_name",
+    "linear",
+    "read",
+    "read_environment_again",
+    "worthwhile",
+]
 
-_VERSION = 4
+_VERSION = 5
 _ISAS = {  # from the slowest on
     "portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "amx": 6, "neon": 4, "neondot": 5,
 }  # fmt: skip
@@ -37,10 +47,11 @@ _WORTHWHILE = {
     "neondot": (16, _ANY),
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LINEAR = struct.Struct("@PqqPqPqqqPqqq")  # `Linear` in b3.cpp: one argument is soon handed over
 _ERRORS = {1: "sizes that do not fit", 2: "no memory", 3: "an unknown instruction set"}
 
 
-@lru_cache(maxsize=1)
+@cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built."""
     for path in sorted(Path(__file__).parent.glob("_b3*.so")):
@@ -52,8 +63,7 @@ def _library() -> ctypes.CDLL | None:
         if version == _VERSION:
             pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
             weights = [pointer, size, pointer, size, size, size]
-            found.subbit_b3_linear.argtypes = [pointer, number, size, *weights, pointer]
-            found.subbit_b3_linear.argtypes += [number, number, number]
+            found.subbit_b3_linear.argtypes = [ctypes.c_char_p]
             found.subbit_b3_dense.argtypes = [*weights, size, size, pointer, number, number, number]
             found.subbit_b3_read.argtypes = [pointer, size, number, number, number]
             found.subbit_b3_read.restype = ctypes.c_uint64
@@ -61,10 +71,10 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-@lru_cache
-def _isa(wanted: str | None) -> str:
-    """The instruction set to use; None = the best that this processor has."""
-    library = _library()
+@cache
+def _isa() -> str:
+    """The instruction set to use: the best that this processor has, or what `SUBBIT_ISA` says."""
+    library, wanted = _library(), os.environ.get("SUBBIT_ISA")
     has = [name for name, code in _ISAS.items() if library and library.subbit_b3_supports(code)]
     if wanted is None:
         return has[-1] if has else "torch"
@@ -75,11 +85,6 @@ def _isa(wanted: str | None) -> str:
             f"SUBBIT_ISA is '{wanted}', which this processor lacks; it has: {', '.join(has)}"
         )
     return wanted if library is not None else "torch"
-
-
-def available() -> bool:
-    """Whether compiled kernels are there and `SUBBIT_KERNEL` does not turn them off."""
-    return kernel_name() not in ("reference", "torch")
 
 
 def kernel_name() -> str:
@@ -96,13 +101,17 @@ def kernel_name() -> str:
     switch = os.environ.get("SUBBIT_KERNEL", "on")
     if switch not in ("on", "off"):
         raise RecipeError(f"SUBBIT_KERNEL is '{switch}'; use on or off")
-    return "reference" if switch == "off" else _isa(os.environ.get("SUBBIT_ISA"))
+    return "reference" if switch == "off" else _isa()
 
 
-def _compiled() -> str | None:
-    """The instruction set of compiled code, or None without any."""
-    name = _isa(os.environ.get("SUBBIT_ISA"))
-    return None if name == "torch" else name
+def read_environment_again() -> None:
+    """Ask for `SUBBIT_ISA` anew, in a process that has changed it."""
+    _isa.cache_clear()
+
+
+def available() -> bool:
+    """Whether compiled kernels are there and `SUBBIT_KERNEL` does not turn them off."""
+    return kernel_name() not in ("reference", "torch")
 
 
 def worthwhile(isa: str, dtype: torch.dtype) -> int:
@@ -113,9 +122,8 @@ def worthwhile(isa: str, dtype: torch.dtype) -> int:
 def _weights(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> tuple[int, ...]:
     """The arguments that name a linear's weights, checked: C trusts them."""
     check_sizes(tiles, flags, rows, cols)
-    for name, tensor in (("tiles", tiles), ("flags", flags)):
-        if not tensor.is_cpu or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and on the CPU.")
+    if not (tiles.is_cpu and flags.is_cpu and tiles.is_contiguous() and flags.is_contiguous()):
+        raise ValueError("tiles and flags must be contiguous and on the CPU.")
     return tiles.data_ptr(), tiles.numel(), flags.data_ptr(), flags.numel(), rows, cols
 
 
@@ -127,35 +135,40 @@ def _check(status: int) -> None:
 def linear(
     x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
 ) -> Tensor | None:
-    """Multiply a few vectors, float32 or bfloat16 `(batch, cols)`, contiguous, on the CPU.
+    """Multiply a few vectors, float32 or bfloat16 `(..., cols)`, contiguous, on the CPU.
+
+    This runs for every linear and token: what is not needed is not asked.
 
     Args:
         planes: 2 = activations of about 16 bits (relative error <= 1e-4), 1 = of 8 (<= 1e-2).
 
     Returns:
-        `(batch, rows)` in the dtype of x, or None where panels are the better way: without compiled
+        `(..., rows)` in the dtype of x, or None where panels are the better way: without compiled
         kernels, for no vector, and for more than are `worthwhile`.
     """
-    isa = _compiled()
-    batch = x.shape[0]
-    if isa is None or not 0 < batch <= worthwhile(isa, x.dtype):
+    isa = _isa()
+    before = x.shape[:-1]
+    batch = before.numel()
+    if isa == "torch" or not 0 < batch <= worthwhile(isa, x.dtype):
         return None
-    if x.shape[1] != cols or planes not in (1, 2):
+    if x.shape[-1] != cols or planes not in (1, 2) or not (x.is_cpu and x.is_contiguous()):
         raise ValueError(
-            f"x {tuple(x.shape)}, planes {planes} do not fit a linear of {cols} columns."
+            f"x {tuple(x.shape)}, planes {planes} do not fit a linear of {cols} columns, or x is "
+            "not contiguous and on the CPU."
         )
-    out = x.new_empty(batch, rows)
-    status = _library().subbit_b3_linear(
+    weights = _weights(tiles, flags, rows, cols)
+    out = x.new_empty((*before, rows))
+    call = _LINEAR.pack(
         x.data_ptr(),
         _DTYPES[x.dtype],
         batch,
-        *_weights(tiles, flags, rows, cols),
+        *weights,
         out.data_ptr(),
         planes,
         _ISAS[isa],
         torch.get_num_threads(),
     )
-    _check(status)
+    _check(_library().subbit_b3_linear(call))
     return out
 
 
@@ -167,8 +180,8 @@ def dense(
     Returns:
         False, with `out` untouched, without compiled kernels.
     """
-    isa = _compiled()
-    if isa is None:
+    isa = _isa()
+    if isa == "torch":
         return False
     if not 0 <= start <= stop <= rows or out.shape != (stop - start, cols):
         raise ValueError(f"rows {start}:{stop} of ({rows}, {cols}) do not fit {tuple(out.shape)}.")
@@ -198,8 +211,8 @@ def read(data: Tensor, streams: bool = True) -> int:
     Returns:
         The xor of the 64-bit words read; 0, having read nothing, without compiled kernels.
     """
-    isa = _compiled()
-    if isa is None:
+    isa = _isa()
+    if isa == "torch":
         return 0
     if data.device.type != "cpu" or not data.is_contiguous():
         raise ValueError("only a contiguous tensor on the CPU can be read.")

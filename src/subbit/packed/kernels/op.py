@@ -1,5 +1,8 @@
 """The torch operator `subbit::b3_linear`: `y = x Wᵀ` with W in the resident layouts B3 or B2.
 
+`subbit::b3_linear_no_grad` is the same without a derivative. Where there is one, torch decides in
+Python whether it is wanted, which takes as long as a small product.
+
 Few vectors go through the compiled kernel, which reads the codes themselves. More of them, or any
 number without a compiled kernel, are multiplied by torch with panels of 512 decoded rows for each
 thread, 2048 at most: one panel is written again and again, so that much of it stays in the cache
@@ -12,15 +15,13 @@ from torch import Tensor
 from subbit.packed.kernels import native
 from subbit.packed.kernels.layout import check_sizes, dense_rows
 
-__all__ = ["b3_linear", "decode"]
+__all__ = ["b3_linear", "b3_linear_no_grad", "decode"]
 
 _PANEL_ROWS, _MOST_PANEL_ROWS = 512, 2048
 
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPERATORS = torch.library.Library("subbit", "DEF")
-_OPERATORS.define(
-    "b3_linear(Tensor x, Tensor tiles, Tensor flags, int rows, int cols, int planes) -> Tensor"
-)
+_SIGNATURE = "(Tensor x, Tensor tiles, Tensor flags, int rows, int cols, int planes) -> Tensor"
 
 
 def decode(
@@ -56,14 +57,13 @@ def _panels(rows: int) -> list[tuple[int, int]]:
 def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
     if x.shape[-1] != cols:
         raise ValueError(f"x {tuple(x.shape)} does not fit a linear ({rows}, {cols}).")
-    flat = x.reshape(-1, cols)
     if x.dtype in _COMPILED_DTYPES:
-        own = flat.float() if x.dtype == torch.float16 else flat
+        own = x.float() if x.dtype == torch.float16 else x
         y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
         if y is not None:  # `to` is dear even where it does nothing, and this runs for every token
-            y = y.to(x.dtype) if y.dtype != x.dtype else y
-            return y.view(*x.shape[:-1], rows)
+            return y if y.dtype == x.dtype else y.to(x.dtype)
     check_sizes(tiles, flags, rows, cols)
+    flat = x.reshape(-1, cols)
     y = x.new_empty(flat.shape[0], rows)
     panels = _panels(rows)
     room = x.new_empty(panels[0][1], cols)
@@ -106,10 +106,15 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return out, None, None, None, None, None
 
 
-_OPERATORS.impl("b3_linear", _multiply, "CPU")
-_OPERATORS.impl("b3_linear", _multiply_on_gpu, "CUDA")
-torch.library.register_fake("subbit::b3_linear", _shape_only, lib=_OPERATORS)
+for _name in ("b3_linear", "b3_linear_no_grad"):
+    _OPERATORS.define(_name + _SIGNATURE)
+    _OPERATORS.impl(_name, _multiply, "CPU")
+    _OPERATORS.impl(_name, _multiply_on_gpu, "CUDA")
+    torch.library.register_fake(f"subbit::{_name}", _shape_only, lib=_OPERATORS)
 torch.library.register_autograd("subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS)
 
 b3_linear = torch.ops.subbit.b3_linear
 """`(x, tiles, flags, rows, cols, planes) -> y`: x `(..., cols)`, y `(..., rows)`, same dtype."""
+
+b3_linear_no_grad = torch.ops.subbit.b3_linear_no_grad
+"""The same where no gradient is wanted."""
