@@ -155,6 +155,48 @@ def test_what_is_not_finite_stays_visible(isa, value):
     assert y[1].isnan().all()
 
 
+PROMPT = 65  # so many bfloat16 vectors AMX multiplies as bfloat16, with weights rounded as torch's
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    linear=resident_linears(),
+    batch=st.sampled_from([PROMPT, 79, 80, 81, 97, 128]),
+    seed=st.integers(0, 9),
+)
+def test_fuzzed_prompts_in_bfloat16(isa, linear, batch, seed):
+    rows, cols = linear.shape
+    x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    W = linear.dequantize().double()
+    y = b3_linear(x, *resident(linear), rows, cols, 2)
+    wanted = x.double() @ W.T
+    allowed = 2.0**-8 * (x.double().abs() @ W.abs().T + wanted.abs())
+    assert ((y.double() - wanted).abs() <= allowed + tolerance(x.float(), W, 2)).all()
+
+
+@kinds
+def test_a_long_prompt_is_as_many_short_ones(isa, kind, monkeypatch):
+    monkeypatch.setattr(native, "worthwhile", lambda isa, dtype: 1000)
+    rows, cols, length = 600, 320, 512 + 18  # 512 are multiplied at a time
+    weights = resident(make_int8(rows, cols, seed=4, **kind))
+    x = torch.randn(length, cols, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = b3_linear(x, *weights, rows, cols, 2)
+    for start in (0, 400, length - PROMPT):
+        part = x[start : start + PROMPT]
+        assert torch.equal(y[start : start + PROMPT], b3_linear(part, *weights, rows, cols, 2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_part_of_a_prompt(isa, value):
+    x = torch.zeros(PROMPT, 200, dtype=torch.bfloat16)
+    x[1, 150] = value
+    y = b3_linear(x, *resident(make_int8(10, 200)), 10, 200, 2)
+    assert not y[1].isfinite().any()
+    assert (y[0] == 0).all() and (y[2:] == 0).all()
+
+
 def test_larger_batches_go_through_in_parts(isa):
     weights = resident(make_int8(30, 200, seed=4))
     x = torch.randn(37, 200, generator=torch.Generator().manual_seed(0))
@@ -175,9 +217,10 @@ def test_half_precision(isa, dtype, batch, monkeypatch):
     assert (y.float() - wanted).norm() <= 1e-2 * wanted.norm()
 
 
-def test_threads_change_nothing(isa):
+@pytest.mark.parametrize(("batch", "dtype"), [(5, torch.float32), (PROMPT, torch.bfloat16)])
+def test_threads_change_nothing(isa, batch, dtype):
     weights = resident(make_int8(1000, 1024, seed=7))
-    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = torch.get_num_threads()
     try:
         results = []

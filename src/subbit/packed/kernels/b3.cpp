@@ -47,7 +47,7 @@ constexpr int kTiles = 4;     // tiles of a unit: 16 rows x 128 columns
 constexpr int kMaxBatch = 16;
 constexpr int kSquare = 1024;     // bytes of an AMX tile: 16 rows of 64
 constexpr int kSquareBatch = 5;  // from so many vectors on AMX is faster than AVX-512
-constexpr int kSquareGroups = 4;  // sixteens of vectors at a time
+constexpr int kSquareGroups = 4;  // sixteens of vectors at a time; more of bfloat16 are a prompt
 
 // A layout: bits of a code, bytes of a level record (levels + 128, then the bfloat16 scale).
 template <int BITS, int RECORD>
@@ -571,7 +571,7 @@ T512 void strips_512(const Job& j, int64_t strip, int n) {
 // ---- AMX: sixteen rows x 64 columns with sixteen vectors at a time
 
 #define TAMX \
-    __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+    __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
 // Codes of columns 16k .. 16k + 15 in the low bits of each byte.
 template <class F>
@@ -717,20 +717,25 @@ TAMX INLINE void block_amx(const Job& j, int64_t strip, int n, int64_t b,
     }
 }
 
-template <class F, int P>
-TAMX void strips_amx(const Job& j, int64_t strip, int n) {
+// All eight tiles have 16 rows of 64 bytes.
+TAMX INLINE void load_tile_shapes() {
     struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {0};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
+    stay();
+    _tile_loadconfig(&shapes);
+}
+
+template <class F, int P>
+TAMX void strips_amx(const Job& j, int64_t strip, int n) {
     constexpr int rows = kTiles * kRows;
     __m512 sums[kStreams][kSquareGroups][rows];
     const int groups = sixteens_of(j.batch);
     for (int s = 0; s < n; s++)
         for (int i = 0; i < groups * rows; i++) sums[s][i / rows][i % rows] = _mm512_setzero_ps();
-    stay();
-    _tile_loadconfig(&shapes);
+    load_tile_shapes();
     for (int64_t b = 0; b < j.shape.full; b++) block_amx<F, P, 8>(j, strip, n, b, sums);
     if (j.shape.half) block_amx<F, P, 4>(j, strip, n, j.shape.full, sums);
     _tile_release();
@@ -1115,6 +1120,8 @@ INLINE void dense_row(const uint8_t* unit, const uint8_t* places, const uint8_t*
 }
 
 #if defined(__x86_64__)
+constexpr int kPiece = 32;  // columns of a row that are decoded at a time
+
 // Where the level of each weight of a row stands in its table, 32 columns in each of K / 2 registers.
 template <class F, int K>
 T256 INLINE void row_index_256(const uint8_t* planes, const uint8_t* flags, __m256i* index) {
@@ -1266,12 +1273,12 @@ T256 INLINE void dense_row_256(const uint8_t* unit, const uint8_t* places, const
 // The same with the other target; `Row`'s functions are only inlined into their own.
 template <class F, class Row, int K, class T>
 T512 INLINE void dense_row_512(const uint8_t* unit, const uint8_t* places, const uint8_t* flags, int t,
-                               int r, T* out) {
+                               int r, T* out, int64_t apart = kPiece) {
     const uint8_t* record = records_of<F, K>(unit, t) + r * F::kRecord;
     const Row row(row_levels<F>(record, places), record_scale<F>(record));
     __m256i index[4];
     row_index_256<F, K>(planes_of<F, K>(unit, t) + 16 * r, flags, index);
-    for (int i = 0; i < K / 2; i++) row.place(index[i], out + 32 * i);
+    for (int i = 0; i < K / 2; i++) row.place(index[i], out + apart * i);
 }
 
 // Whole units by `fast`, what is left of a unit by plain code.
@@ -1330,6 +1337,202 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
     }
 }
 
+#if defined(HAS_AMX)
+// ---- prompts: many bfloat16 vectors with AMX -----------------------------------------------------
+//
+// As torch would do it with the dense matrix: weights rounded to bfloat16, sums in float32. A tile of
+// weights is a piece of 16 rows, as decoded; one of vectors has two columns of sixteen vectors in a
+// row. 32 rows of weights are multiplied with 32 vectors at a time, `kDepth` blocks of columns deep,
+// so that the rows stay in the first cache, and in the second what `kPromptVectors` vectors have in
+// these columns and their sums with `kPromptRows` rows.
+
+constexpr int kDepth = 2, kPromptRows = 512, kPromptVectors = 512;
+constexpr int kTile = 512, kSums = 256;  // values of a tile of bfloat16; of sums
+constexpr int kBlockPieces = kBlock / kPiece;
+
+struct Prompt {
+    const Job& job;
+    const uint16_t* from;  // (batch, cols)
+    uint16_t* to;          // (batch, rows)
+    uint16_t* vectors;     // tiles (sixteens, pieces)
+    int64_t sixteens, pieces;
+};
+
+// A tile of vectors: sixteen of them from number m on, 32 columns.
+TAMX void pack_vectors(const Prompt& p, int64_t m, int64_t piece, uint16_t* out) {
+    const int64_t cols = p.job.shape.cols, column = piece * kPiece;
+    const int64_t there = p.job.batch - m < 16 ? p.job.batch - m : 16;
+    const int64_t width = cols - column < kPiece ? cols - column : kPiece;
+    alignas(64) uint16_t edge[kTile];
+    const uint16_t* from = p.from + m * cols + column;
+    int64_t apart = cols;
+    if (there < 16 || width < kPiece) {
+        memset(edge, 0, sizeof edge);
+        for (int64_t i = 0; i < there && width > 0; i++)
+            memcpy(edge + i * kPiece, from + i * cols, (size_t)width * 2);
+        from = edge, apart = kPiece;
+    }
+    const __m512i down = _mm512_mullo_epi32(
+        _mm512_set1_epi32((int32_t)(2 * apart)),
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int i = 0; i < 16; i++)
+        _mm512_store_si512(out + 32 * i, _mm512_i32gather_epi32(down, from + 2 * i, 1));
+}
+
+// Blocks b0 .. b1 - 1 of two strips as tiles, those of the strips taking turns.
+template <class F>
+TAMX INLINE void decode_pair(const Job& j, int64_t strip, int64_t b0, int64_t b1, uint16_t* out) {
+    const Shape& s = j.shape;
+    for (int64_t i = 0; i < 2 && strip + i < s.strips; i++) {
+        const uint8_t* unit = j.tiles + (strip + i) * s.stride + b0 * F::template kUnit<8>;
+        for (int64_t b = b0; b < b1; b++, unit += F::template kUnit<8>) {
+            uint16_t* to = out + ((b - b0) * kBlockPieces * 2 + i) * kTile;
+            for (int row = 0; row < kTiles * kRows; row++) {
+                const int t = row / kRows, r = row % kRows;
+                if (row % 2 == 0) ask_for(unit + 2 * s.stride + row / 2 * 2 * kPlane);
+                if (b < s.full)
+                    dense_row_512<F, Row512<uint16_t>, 8>(unit, s.places, j.flags + b * kBlock, t, r,
+                                                          to + row * kPiece, 2 * kTile);
+                else
+                    dense_row_512<F, Row512<uint16_t>, 4>(unit, s.places, j.flags + b * kBlock, t, r,
+                                                          to + row * kPiece, 2 * kTile);
+            }
+        }
+    }
+}
+
+// `count` pieces of two strips with sixteen vectors or, V = 2, with two sixteens `next` apart. The
+// sums are tiles of 16 rows x 16 vectors, of one strip, then of the other; `begin`: there are none yet.
+template <int V>
+TAMX INLINE void multiply_pieces(const uint16_t* weights, const uint16_t* vectors, int64_t next,
+                                 int64_t count, bool begin, float* sums) {
+    stay();
+    if (begin) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (V == 2) _tile_zero(2);
+        if (V == 2) _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + V * kSums, 64);
+        if (V == 2) _tile_loadd(2, sums + kSums, 64);
+        if (V == 2) _tile_loadd(3, sums + 3 * kSums, 64);
+    }
+    for (int64_t k = 0; k < count; k++) {
+        _tile_loadd(6, vectors + k * kTile, 64);
+        _tile_loadd(4, weights + k * 2 * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, weights + (k * 2 + 1) * kTile, 64);
+        _tile_dpbf16ps(1, 5, 6);
+        if (V == 2) {
+            _tile_loadd(7, vectors + next + k * kTile, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + V * kSums, 64);
+    if (V == 2) _tile_stored(2, sums + kSums, 64);
+    if (V == 2) _tile_stored(3, sums + 3 * kSums, 64);
+    stay();
+}
+
+// Sums of sixteen rows with sixteen vectors from number m on, rounded and put where they belong.
+TAMX INLINE void store_prompt(const Prompt& p, int64_t row, int64_t m, const float* sums) {
+    const int64_t rows = p.job.shape.rows;
+    const __mmask16 there = first_of(rows - row);
+    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int64_t i = 0; i < 16 && m + i < p.job.batch; i++) {
+        const __m512 value = _mm512_i32gather_ps(down, sums + i, 4);
+        const __m512i bits = _mm512_castps_si512(value);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __m512i rounded = _mm512_mask_set1_epi32(
+            _mm512_srli_epi32(even, 16), _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), 0x7fc0);
+        _mm512_mask_cvtepi32_storeu_epi16(p.to + (m + i) * rows + row, there, rounded);
+    }
+}
+
+// Strips first .. last - 1 with all vectors. `weights` has room for two strips `kDepth` blocks deep,
+// `sums` for all rows and vectors, both padded to whole pairs and sixteens.
+template <class F>
+TAMX void rows_prompt(const Prompt& p, int64_t first, int64_t last, uint16_t* weights, float* sums) {
+    const Job& j = p.job;
+    const int64_t blocks = j.shape.blocks(), pair = p.sixteens * 2 * kSums;
+    load_tile_shapes();
+    for (int64_t b0 = 0; b0 < blocks; b0 += kDepth) {
+        const int64_t b1 = b0 + kDepth < blocks ? b0 + kDepth : blocks, begin = b0 * kBlockPieces;
+        const int64_t count = (b1 * kBlockPieces < p.pieces ? b1 * kBlockPieces : p.pieces) - begin;
+        for (int64_t strip = first; strip < last; strip += 2) {
+            decode_pair<F>(j, strip, b0, b1, weights);
+            float* to = sums + (strip - first) / 2 * pair;
+            for (int64_t g = 0; g < p.sixteens; g += 2) {
+                const uint16_t* vectors = p.vectors + (g * p.pieces + begin) * kTile;
+                const int64_t next = p.pieces * kTile;
+                if (g + 1 < p.sixteens)
+                    multiply_pieces<2>(weights, vectors, next, count, b0 == 0, to + g * 2 * kSums);
+                else
+                    multiply_pieces<1>(weights, vectors, next, count, b0 == 0, to + g * 2 * kSums);
+            }
+        }
+    }
+    _tile_release();
+    for (int64_t strip = first; strip < last; strip++)
+        for (int64_t g = 0; g < p.sixteens; g++) {
+            const int together = g + 1 < p.sixteens || g % 2 ? 2 : 1;  // sixteens with one call
+            const float* from = sums + (strip - first) / 2 * pair + g / 2 * 4 * kSums;
+            store_prompt(p, strip * kTiles * kRows, 16 * g,
+                         from + ((strip - first) % 2 * together + g % 2) * kSums);
+        }
+}
+
+// As `subbit_b3_linear`, from bfloat16 to bfloat16; all vectors of a job at once.
+template <class F>
+bool prompt(const Job& j, const uint16_t* from, uint16_t* to, int threads) {
+    const int64_t sixteens = sixteens_of(j.batch), pieces = j.shape.width() / kPiece;
+    const int64_t strips = j.shape.strips, most = kPromptRows / (kTiles * kRows);
+    const int64_t parts = threads * ((strips + threads * most - 1) / (threads * most));
+    const int64_t each = ((strips + parts - 1) / parts + 1) / 2 * 2;  // strips of a part
+    const int64_t packed = sixteens * pieces * kTile * 2;
+    const int64_t decoded = 2 * kDepth * kBlockPieces * kTile;
+    const int64_t own = decoded * 2 + each * sixteens * kSums * 4;
+    void* room = nullptr;
+    if (posix_memalign(&room, 64, (size_t)(packed + threads * own))) return false;
+    const Prompt p = {j, from, to, (uint16_t*)room, sixteens, pieces};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num();
+#else
+        const int me = 0;
+#endif
+        uint16_t* weights = (uint16_t*)((char*)room + packed + me * own);
+        float* sums = (float*)(weights + decoded);
+#pragma omp for
+        for (int64_t i = 0; i < sixteens * pieces; i++)
+            pack_vectors(p, i / pieces * 16, i % pieces, p.vectors + i * kTile);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < strips; first += each)
+            rows_prompt<F>(p, first, first + each < strips ? first + each : strips, weights, sums);
+    }
+    free(room);
+    return true;
+}
+
+// As many vectors at a time as the second cache has room for.
+bool prompts(Job& j, const uint16_t* from, uint16_t* to, int64_t batch, int threads) {
+    for (int64_t m = 0; m < batch; m += kPromptVectors) {
+        j.batch = (int)(batch - m < kPromptVectors ? batch - m : kPromptVectors);
+        const uint16_t* x = from + m * j.shape.cols;
+        uint16_t* y = to + m * j.shape.rows;
+        if (!(j.shape.bits == 2 ? prompt<B2>(j, x, y, threads) : prompt<B3>(j, x, y, threads)))
+            return false;
+    }
+    return true;
+}
+
+#endif
 // ---- the read ceiling --------------------------------------------------------------------------
 
 // Nothing but reads of whole cache lines, in independent sums. S streams of `part` words each are
@@ -1428,9 +1631,9 @@ Cpuid leaf_7(uint32_t subleaf) { return cpuid(0, 0).a < 7 ? Cpuid{0, 0, 0, 0} : 
 #endif
 
 #if defined(HAS_AMX)
-// Whether the processor has AMX for int8 and Linux lends this process its registers.
+// Whether the processor has AMX for int8 and bfloat16 and Linux lends this process its registers.
 bool amx_allowed() {
-    if ((leaf_7(0).d >> 24 & 3) != 3) return false;  // EDX: AMX-TILE and AMX-INT8
+    if ((leaf_7(0).d >> 22 & 13) != 13) return false;  // EDX: AMX-BF16, AMX-TILE and AMX-INT8
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 }
 #endif
@@ -1497,6 +1700,10 @@ EXPORT int subbit_b3_linear(const Linear* call) {
     if (batch < 1 || (planes != 1 && planes != 2) || threads < 1) return 1;
     if (!subbit_b3_supports(isa)) return 3;
     job.tiles = tiles, job.flags = flags;
+#if defined(HAS_AMX)
+    if (isa == AMX && dtype == BFLOAT16 && batch > 16 * kSquareGroups)
+        return prompts(job, (const uint16_t*)x, (uint16_t*)out, batch, (int)threads) ? 0 : 2;
+#endif
     const int64_t limit = isa == AMX ? 16 * kSquareGroups : kMaxBatch;
     const int64_t most = batch < limit ? batch : limit, blocks = job.shape.blocks() * most;
     const int64_t plane_bytes = isa == AMX ? job.shape.blocks() * squares_of((int)most, planes)
