@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
             once and keeps it, in the dtype of x, outside the state dict, copies and pickles. It
             concerns the reference backend only.
         planes: 2 or 1, int8 planes of the activations in the kernel: a relative error of at most
-            1e-4 or 1e-2.
+            1e-4 or 1e-2. Prompts in bfloat16 may be multiplied as bfloat16 instead.
     """
 
     def __init__(

@@ -3,10 +3,10 @@
 `subbit::b3_linear_no_grad` is the same without a derivative. Where there is one, torch decides in
 Python whether it is wanted, which takes as long as a small product.
 
-Few vectors go through the compiled kernel, which reads the codes themselves. More of them, or any
-number without a compiled kernel, are multiplied by torch with panels of 512 decoded rows for each
-thread, 2048 at most: one panel is written again and again, so that much of it stays in the cache
-and its pages are asked for once.
+Few vectors go through the compiled kernel, which reads the codes themselves; with AMX any number
+does. More, or any number without a compiled kernel, are multiplied by torch with panels of 512
+decoded rows for each thread, 2048 at most: one panel is written again and again, so that much of it
+stays in the cache and its pages are asked for once.
 """
 
 import torch
