@@ -218,7 +218,8 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
 def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
     fails, learns_from, text, tmp_path, monkeypatch
 ):
-    from subbit import compression, lessons
+    from subbit import compression
+    from subbit.text import sample
 
     model = tiny_model("gpt2")
     changes = [*REFIT, *MODEL[1:], f"refit.model_text={learns_from}"]
@@ -238,7 +239,7 @@ def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         compress(copy.deepcopy(model), text, **kwargs)
     monkeypatch.setattr(compression, fails, real)
-    monkeypatch.setattr(lessons, "continued_windows", None)  # what was written is kept
+    monkeypatch.setattr(sample, "_continue", None)  # what was written is kept
     resumed = compress(copy.deepcopy(model), text, resume="required", **kwargs)
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -65,14 +65,7 @@ class Lessons:
             workdir: keeps what was written.
             advance: called with steps.
         """
-        written = workdir.fetch("written") if workdir is not None else None
-        if written is not None:
-            self._written = torch.tensor(written)
-            advance(_WRITING * len(self.blocks.modules) * self.count)
-        else:
-            self._written = self._write(advance)
-            if workdir is not None:
-                workdir.store("written", self._written.tolist())
+        self._written = self._write(workdir, advance)
         hidden = first_inputs(self.model, self.blocks, self._written)
         for block, call in zip(self.blocks.modules, self.calls, strict=True):
             run_block(block, hidden, call, out=hidden, device=self.device, advance=advance)
@@ -101,7 +94,7 @@ class Lessons:
             return [step % given for step in steps]
         return [given + step // 2 if step % 2 else step // 2 % given for step in steps]
 
-    def _write(self, advance: Advance) -> Tensor:
+    def _write(self, workdir: Workdir | None, advance: Advance) -> Tensor:
         seqlen, left = self.tokens.shape[1], float(_WRITING * len(self.blocks.modules) * self.count)
         share = left / (self.count * seqlen)
 
@@ -119,6 +112,7 @@ class Lessons:
                 self.tokens,
                 nsamples=self.count,
                 seed=self.seed,
+                shelf=workdir,
                 advance=count,
             )
         finally:

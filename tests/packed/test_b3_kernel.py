@@ -188,6 +188,15 @@ def test_a_long_prompt_is_as_many_short_ones(isa, kind, monkeypatch):
         assert torch.equal(y[start : start + PROMPT], b3_linear(part, *weights, rows, cols, 2))
 
 
+@kinds
+def test_only_amx_rounds_the_weights_of_a_prompt(isa, kind):
+    linear = make_int8(64, 256, seed=4, **kind)
+    x = torch.randn(PROMPT, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = b3_linear(x, *resident(linear), 64, 256, 2)
+    as_torch = (x.double() @ linear.dequantize().bfloat16().double().T).bfloat16()
+    assert ((y == as_torch).float().mean() > 0.98) == (isa == "amx")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_part_of_a_prompt(isa, value):
     x = torch.zeros(PROMPT, 200, dtype=torch.bfloat16)

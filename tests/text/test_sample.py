@@ -112,6 +112,36 @@ def test_pieces_begin_as_the_text_does_and_go_on_as_the_model_would(family, monk
     assert torch.equal(made, again) and not torch.equal(made, other)
 
 
+class Kept(dict):
+    """A shelf."""
+
+    fetch, store = dict.get, dict.__setitem__
+
+
+def test_an_interrupted_text_goes_on_as_it_would_have(monkeypatch):
+    from subbit.text import sample
+
+    monkeypatch.setattr(sample, "_PIECE", 8)
+    monkeypatch.setattr(sample, "_PIECES_AT_ONCE", 5)
+    real, calls, shelf, steps = sample._continue, [], Kept(), []
+
+    def fails_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    text = torch.randint(KNOWN, (3, 20), generator=torch.Generator().manual_seed(1))
+    arguments = tiny_model("llama"), TOKENIZER, text
+    whole = continued_windows(*arguments, nsamples=4)
+    monkeypatch.setattr(sample, "_continue", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        continued_windows(*arguments, nsamples=4, shelf=shelf)
+    resumed = continued_windows(*arguments, nsamples=4, shelf=shelf, advance=steps.append)
+    assert torch.equal(whole, resumed)
+    assert len(calls) == 4 and len(shelf) == 3 and sum(steps) == 12 * 6
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
 def test_what_is_given_is_read(family, monkeypatch):
     """With the likeliest token always drawn, a piece is the greedy continuation of its start."""

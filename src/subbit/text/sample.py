@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +12,21 @@ from subbit.errors import NonFiniteError, RecipeError
 from subbit.text.sources import SELF
 from subbit.text.windows import Windows, check_windows, tokenizer_name
 
-__all__ = ["continued_windows", "evaluating", "sample_windows"]
+__all__ = ["Shelf", "continued_windows", "evaluating", "sample_windows"]
 
 _PIECE = 512  # tokens at most before the model starts on another piece: it drifts from its subject
 _GIVEN = 4  # a piece begins with a quarter that it is given
 _PIECES_AT_ONCE = 64
+
+
+class Shelf(Protocol):
+    """Keeps what was finished for a run that goes on later, as a `Workdir` does."""
+
+    def fetch(self, name: str) -> Any:
+        """Return what is kept under `name`, or None."""
+
+    def store(self, name: str, value: Any) -> None:
+        """Keep a JSON-able value under `name`."""
 
 
 @torch.no_grad()
@@ -92,6 +103,7 @@ def continued_windows(
     *,
     nsamples: int,
     seed: int = 0,
+    shelf: Shelf | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Windows of pieces that begin as a text does and go on as the model would.
@@ -106,6 +118,8 @@ def continued_windows(
         tokens: the text, int64 `(windows, seqlen)`; every window is used as often as any other.
         nsamples: number of windows to make.
         seed: seed of the generator.
+        shelf: keeps every 64 pieces once they are written; with those that it has from an
+            interrupted call with the same arguments the result is the same.
         advance: called with the number of new tokens after each step.
 
     Returns:
@@ -125,8 +139,19 @@ def continued_windows(
     pieces[:, :given] = tokens[rows[:, None], starts + torch.arange(given)]
     known = _known(tokenizer)
     with evaluating(model):
-        for part in pieces.split(_PIECES_AT_ONCE):
+        for number, part in enumerate(pieces.split(_PIECES_AT_ONCE)):
+            name = f"written-{number}"
+            kept = None if shelf is None else shelf.fetch(name)
+            if kept is not None:
+                part.copy_(torch.tensor(kept["tokens"]))
+                generator.set_state(torch.tensor(kept["generator"], dtype=torch.uint8))
+                if advance is not None:
+                    advance(part[:, given:].numel())
+                continue
             _continue(model, part, known, 1.0, None, generator, advance, given)
+            if shelf is not None:
+                drawn = generator.get_state().tolist()
+                shelf.store(name, {"tokens": part.tolist(), "generator": drawn})
     return pieces.view(nsamples, count * length)[:, :seqlen].contiguous()
 
 
