@@ -126,6 +126,23 @@ def test_a_tracer_sees_the_operator():
     assert torch.equal(traced(3 * x(1)), module()(3 * x(1)))
 
 
+@pytest.mark.parametrize("way", [lambda m: make_fx(m)(x(2)), torch.vmap], ids=["traced", "vmap"])
+def test_gradients_pass_through_what_hides_that_they_are_wanted(way):
+    inputs, wanted = x(2).requires_grad_(), x(2).requires_grad_()
+    way(module())(inputs).square().sum().backward()
+    module("reference")(wanted).square().sum().backward()
+    assert close(inputs.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_bias_may_be_a_plain_attribute(backend):
+    """As in the replicas of `nn.DataParallel`."""
+    replica = module(backend)
+    before = replica(x(2))
+    replica.bias = replica._parameters.pop("bias").data
+    assert torch.equal(replica(x(2)), before)
+
+
 def test_without_kernels_the_layout_still_works(monkeypatch):
     from subbit.packed.kernels import native
 

@@ -153,15 +153,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
-        # straight from where torch keeps them: attributes of a module are found the long way
-        bias, tiles = self._parameters["bias"], self._buffers.get("tiles")
-        if bias is not None:
-            bias = bias.to(x.dtype)
-        if tiles is not None:
-            wanted = x.requires_grad and torch.is_grad_enabled()
-            multiply = op.b3_linear if wanted else op.b3_linear_no_grad
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        buffers = self._buffers  # as attributes they would be found the long way
+        if buffers.get("tiles") is not None:
+            # not by x.requires_grad: tracers and vmap hide that somebody will want the gradient
+            multiply = op.b3_linear if torch.is_grad_enabled() else op.b3_linear_no_grad
             size = self.out_features, self.in_features
-            y = multiply(x, tiles, self._buffers["flags"], *size, self.planes)
+            y = multiply(x, buffers["tiles"], buffers["flags"], *size, self.planes)
             return y if bias is None else y + bias
         return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
 

@@ -612,6 +612,12 @@ TAMX INLINE void decode_squares(const uint8_t* unit, int t, const uint8_t* flags
     }
 }
 
+// 0, n, 2 n ... 15 n.
+T512 INLINE __m512i multiples_of(int n) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_mullo_epi32(_mm512_set1_epi32(n), lanes);
+}
+
 // The first `n` of sixteen, or all.
 INLINE __mmask16 first_of(int64_t n) { return (__mmask16)((1u << (n < 16 ? n : 16)) - 1); }
 
@@ -739,8 +745,7 @@ TAMX void strips_amx(const Job& j, int64_t strip, int n) {
     for (int64_t b = 0; b < j.shape.full; b++) block_amx<F, P, 8>(j, strip, n, b, sums);
     if (j.shape.half) block_amx<F, P, 4>(j, strip, n, j.shape.full, sums);
     _tile_release();
-    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i down = multiples_of(16);
     for (int s = 0; s < n; s++) {
         const int64_t row = (strip + s) * rows;
         const __mmask16 there = first_of(j.shape.rows - row);
@@ -1043,14 +1048,18 @@ Strips strips_of(int isa, [[maybe_unused]] bool salient) {
     }
 }
 
+// Below about 50 kB a second thread costs more than it saves.
+int threads_worth(const Job& j, int threads) {
+    const int64_t worth = j.shape.strips * j.shape.stride * j.batch / 50000;
+    return threads <= worth ? threads : worth < 1 ? 1 : (int)worth;
+}
+
 template <int P>
 void multiply(const Job& j, int isa, int threads) {
     const Strips multiply_strips = j.shape.bits == 2 ? strips_of<B2, P>(isa, false)
                                                      : strips_of<B3, P>(isa, j.shape.salient);
     const int64_t strips = j.shape.strips;
-    // below about 50 kB a second thread costs more than it saves
-    const int64_t worth = strips * j.shape.stride * j.batch / 50000;
-    if (threads > worth) threads = worth < 1 ? 1 : (int)worth;
+    threads = threads_worth(j, threads);
     // fewer side by side where threads would go without, or the last ones end late
     int64_t side = strips / (4 * threads);
     side = side < 1 ? 1 : side < kStreams ? side : kStreams;
@@ -1225,6 +1234,15 @@ struct Row256<uint16_t> {
     }
 };
 
+// As bfloat16 in each dword.
+T512 INLINE __m512i rounded_512(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_set1_epi32(_mm512_srli_epi32(even, 16),
+                                  _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), 0x7fc0);
+}
+
 // Wider: one lookup for 16 values of float32, or for 32 of bfloat16.
 template <class T>
 struct Row512;
@@ -1249,11 +1267,8 @@ template <>
 struct Row512<uint16_t> {
     __m512i values;
     T512 INLINE Row512(__m128i table, float scale) {
-        const __m512i bits = _mm512_castps_si512(Row512<float>(table, scale).values);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i rounded =
-            _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        values = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        values = _mm512_castsi256_si512(
+            _mm512_cvtepi32_epi16(rounded_512(Row512<float>(table, scale).values)));
     }
     T512 INLINE void place(__m256i index, uint16_t* out) const {
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(index), values));
@@ -1347,6 +1362,7 @@ void dense(const Shape& s, const uint8_t* tiles, const uint8_t* flags, int64_t r
 // these columns and their sums with `kPromptRows` rows.
 
 constexpr int kDepth = 2, kPromptRows = 512, kPromptVectors = 512;
+constexpr int64_t kPromptCols = 1 << 24;  // with more, how far vectors are apart would not fit an int
 constexpr int kTile = 512, kSums = 256;  // values of a tile of bfloat16; of sums
 constexpr int kBlockPieces = kBlock / kPiece;
 
@@ -1372,9 +1388,7 @@ TAMX void pack_vectors(const Prompt& p, int64_t m, int64_t piece, uint16_t* out)
             memcpy(edge + i * kPiece, from + i * cols, (size_t)width * 2);
         from = edge, apart = kPiece;
     }
-    const __m512i down = _mm512_mullo_epi32(
-        _mm512_set1_epi32((int32_t)(2 * apart)),
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i down = multiples_of((int)(2 * apart));
     for (int i = 0; i < 16; i++)
         _mm512_store_si512(out + 32 * i, _mm512_i32gather_epi32(down, from + 2 * i, 1));
 }
@@ -1389,7 +1403,8 @@ TAMX INLINE void decode_pair(const Job& j, int64_t strip, int64_t b0, int64_t b1
             uint16_t* to = out + ((b - b0) * kBlockPieces * 2 + i) * kTile;
             for (int row = 0; row < kTiles * kRows; row++) {
                 const int t = row / kRows, r = row % kRows;
-                if (row % 2 == 0) ask_for(unit + 2 * s.stride + row / 2 * 2 * kPlane);
+                // every second line of the next pair's unit: the processor takes them by twos
+                if (row % 2 == 0) ask_for(unit + 2 * s.stride + row * kPlane);
                 if (b < s.full)
                     dense_row_512<F, Row512<uint16_t>, 8>(unit, s.places, j.flags + b * kBlock, t, r,
                                                           to + row * kPiece, 2 * kTile);
@@ -1438,18 +1453,12 @@ TAMX INLINE void multiply_pieces(const uint16_t* weights, const uint16_t* vector
 }
 
 // Sums of sixteen rows with sixteen vectors from number m on, rounded and put where they belong.
-TAMX INLINE void store_prompt(const Prompt& p, int64_t row, int64_t m, const float* sums) {
+TAMX INLINE void store_rounded(const Prompt& p, int64_t row, int64_t m, const float* sums) {
     const int64_t rows = p.job.shape.rows;
     const __mmask16 there = first_of(rows - row);
-    const __m512i down = _mm512_mullo_epi32(_mm512_set1_epi32(16), _mm512_setr_epi32(
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i down = multiples_of(16);
     for (int64_t i = 0; i < 16 && m + i < p.job.batch; i++) {
-        const __m512 value = _mm512_i32gather_ps(down, sums + i, 4);
-        const __m512i bits = _mm512_castps_si512(value);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        const __m512i rounded = _mm512_mask_set1_epi32(
-            _mm512_srli_epi32(even, 16), _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), 0x7fc0);
+        const __m512i rounded = rounded_512(_mm512_i32gather_ps(down, sums + i, 4));
         _mm512_mask_cvtepi32_storeu_epi16(p.to + (m + i) * rows + row, there, rounded);
     }
 }
@@ -1457,7 +1466,7 @@ TAMX INLINE void store_prompt(const Prompt& p, int64_t row, int64_t m, const flo
 // Strips first .. last - 1 with all vectors. `weights` has room for two strips `kDepth` blocks deep,
 // `sums` for all rows and vectors, both padded to whole pairs and sixteens.
 template <class F>
-TAMX void rows_prompt(const Prompt& p, int64_t first, int64_t last, uint16_t* weights, float* sums) {
+TAMX void multiply_rows(const Prompt& p, int64_t first, int64_t last, uint16_t* weights, float* sums) {
     const Job& j = p.job;
     const int64_t blocks = j.shape.blocks(), pair = p.sixteens * 2 * kSums;
     load_tile_shapes();
@@ -1482,14 +1491,15 @@ TAMX void rows_prompt(const Prompt& p, int64_t first, int64_t last, uint16_t* we
         for (int64_t g = 0; g < p.sixteens; g++) {
             const int together = g + 1 < p.sixteens || g % 2 ? 2 : 1;  // sixteens with one call
             const float* from = sums + (strip - first) / 2 * pair + g / 2 * 4 * kSums;
-            store_prompt(p, strip * kTiles * kRows, 16 * g,
+            store_rounded(p, strip * kTiles * kRows, 16 * g,
                          from + ((strip - first) % 2 * together + g % 2) * kSums);
         }
 }
 
-// As `subbit_b3_linear`, from bfloat16 to bfloat16; all vectors of a job at once.
+// All vectors of a job at once, bfloat16 `from` and `to`; false = out of memory.
 template <class F>
-bool prompt(const Job& j, const uint16_t* from, uint16_t* to, int threads) {
+bool multiply_part(const Job& j, const uint16_t* from, uint16_t* to, int threads) {
+    threads = threads_worth(j, threads);
     const int64_t sixteens = sixteens_of(j.batch), pieces = j.shape.width() / kPiece;
     const int64_t strips = j.shape.strips, most = kPromptRows / (kTiles * kRows);
     const int64_t parts = threads * ((strips + threads * most - 1) / (threads * most));
@@ -1514,20 +1524,20 @@ bool prompt(const Job& j, const uint16_t* from, uint16_t* to, int threads) {
             pack_vectors(p, i / pieces * 16, i % pieces, p.vectors + i * kTile);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < strips; first += each)
-            rows_prompt<F>(p, first, first + each < strips ? first + each : strips, weights, sums);
+            multiply_rows<F>(p, first, first + each < strips ? first + each : strips, weights, sums);
     }
     free(room);
     return true;
 }
 
-// As many vectors at a time as the second cache has room for.
-bool prompts(Job& j, const uint16_t* from, uint16_t* to, int64_t batch, int threads) {
+// As many vectors at a time as the second cache has room for; false = out of memory.
+bool multiply_prompt(Job& j, const uint16_t* from, uint16_t* to, int64_t batch, int threads) {
     for (int64_t m = 0; m < batch; m += kPromptVectors) {
         j.batch = (int)(batch - m < kPromptVectors ? batch - m : kPromptVectors);
         const uint16_t* x = from + m * j.shape.cols;
         uint16_t* y = to + m * j.shape.rows;
-        if (!(j.shape.bits == 2 ? prompt<B2>(j, x, y, threads) : prompt<B3>(j, x, y, threads)))
-            return false;
+        const auto multiply = j.shape.bits == 2 ? multiply_part<B2> : multiply_part<B3>;
+        if (!multiply(j, x, y, threads)) return false;
     }
     return true;
 }
@@ -1701,8 +1711,8 @@ EXPORT int subbit_b3_linear(const Linear* call) {
     if (!subbit_b3_supports(isa)) return 3;
     job.tiles = tiles, job.flags = flags;
 #if defined(HAS_AMX)
-    if (isa == AMX && dtype == BFLOAT16 && batch > 16 * kSquareGroups)
-        return prompts(job, (const uint16_t*)x, (uint16_t*)out, batch, (int)threads) ? 0 : 2;
+    if (isa == AMX && dtype == BFLOAT16 && batch > 16 * kSquareGroups && cols <= kPromptCols)
+        return multiply_prompt(job, (const uint16_t*)x, (uint16_t*)out, batch, (int)threads) ? 0 : 2;
 #endif
     const int64_t limit = isa == AMX ? 16 * kSquareGroups : kMaxBatch;
     const int64_t most = batch < limit ? batch : limit, blocks = job.shape.blocks() * most;

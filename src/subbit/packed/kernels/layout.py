@@ -159,12 +159,11 @@ def check_sizes(tiles: Tensor, flags: Tensor, rows: int, cols: int) -> int:
     bits = forms.get(tiles.numel())
     if bits and flags.numel() == width and tiles.dtype == flags.dtype == torch.uint8:
         return bits
-    for name, tensor, counts in (("tiles", tiles, forms), ("flags", flags, (width,))):
-        if tensor.dtype != torch.uint8 or tensor.numel() not in counts:
-            raise ValueError(
-                f"{name} of a linear ({rows}, {cols}) must be {' or '.join(map(str, counts))} "
-                f"bytes, not {tensor.numel()} of {tensor.dtype}."
-            )
+    raise ValueError(
+        f"tiles and flags of a linear ({rows}, {cols}) must be {' or '.join(map(str, forms))} and "
+        f"{width} of torch.uint8, not {tiles.numel()} of {tiles.dtype} and {flags.numel()} of "
+        f"{flags.dtype}."
+    )
 
 
 def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:

@@ -20,15 +20,7 @@ from torch import Tensor
 from subbit.errors import RecipeError, SubbitError, nearest
 from subbit.packed.kernels.layout import check_sizes
 
-__all__ = [
-    "available",
-    "dense",
-    "kernel_name",
-    "linear",
-    "read",
-    "read_environment_again",
-    "worthwhile",
-]
+__all__ = ["available", "dense", "kernel_name", "linear", "read", "worthwhile"]
 
 _VERSION = 5
 _ISAS = {  # from the slowest on
@@ -105,11 +97,6 @@ def kernel_name() -> str:
     return "reference" if switch == "off" else _isa()
 
 
-def read_environment_again() -> None:
-    """Ask for `SUBBIT_ISA` anew, in a process that has changed it."""
-    _isa.cache_clear()
-
-
 def available() -> bool:
     """Whether compiled kernels are there and `SUBBIT_KERNEL` does not turn them off."""
     return kernel_name() not in ("reference", "torch")
@@ -141,7 +128,8 @@ def linear(
     This runs for every linear and token: what is not needed is not asked.
 
     Args:
-        planes: 2 = activations of about 16 bits (relative error <= 1e-4), 1 = of 8 (<= 1e-2).
+        planes: 2 = activations of about 16 bits (relative error <= 1e-4), 1 = of 8 (<= 1e-2). With
+            AMX more than 64 vectors of bfloat16 stay as they are, and the weights are rounded.
 
     Returns:
         `(..., rows)` in the dtype of x, or None where panels are the better way: without compiled

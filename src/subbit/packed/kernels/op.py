@@ -1,7 +1,7 @@
 """The torch operator `subbit::b3_linear`: `y = x Wᵀ` with W in the resident layouts B3 or B2.
 
-`subbit::b3_linear_no_grad` is the same without a derivative. Where there is one, torch decides in
-Python whether it is wanted, which takes as long as a small product.
+`subbit::b3_linear_no_grad` is the same without a derivative, for `torch.no_grad()`. Where there is
+one, torch decides in Python whether it is wanted, which takes as long as a small product.
 
 Few vectors go through the compiled kernel, which reads the codes themselves; with AMX any number
 does. More, or any number without a compiled kernel, are multiplied by torch with panels of 512
@@ -117,4 +117,4 @@ b3_linear = torch.ops.subbit.b3_linear
 """`(x, tiles, flags, rows, cols, planes) -> y`: x `(..., cols)`, y `(..., rows)`, same dtype."""
 
 b3_linear_no_grad = torch.ops.subbit.b3_linear_no_grad
-"""The same where no gradient is wanted."""
+"""The same under `torch.no_grad()`; what is traced there has no gradient later on either."""
