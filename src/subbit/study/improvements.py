@@ -100,6 +100,7 @@ _OTHERS = [
     for recipe in ("gptq-3", "arb-rc", "pbs2p-6-8")
     for cell in (
         Cell(recipe, recipe),
+        Cell(f"{recipe}-sequential", recipe, _ASYMMETRIC[:1]),
         Cell(f"{recipe}-asymmetric", recipe, _ASYMMETRIC),
         Cell(f"{recipe}-asymmetric-1", recipe, [*_ASYMMETRIC, "asymmetry.strength=1"]),
     )
