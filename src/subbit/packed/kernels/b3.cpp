@@ -1543,6 +1543,7 @@ bool multiply_prompt(Job& j, const uint16_t* from, uint16_t* to, int64_t batch, 
 }
 
 #endif
+
 // ---- the read ceiling --------------------------------------------------------------------------
 
 // Nothing but reads of whole cache lines, in independent sums. S streams of `part` words each are
