@@ -318,11 +318,7 @@ def test_the_operators_keep_torchs_rules(operator):
     linear = make_int8(16, 128)
     x = torch.randn(2, 128, requires_grad=operator is b3_linear)
     args = (x, *resident(linear), 16, 128, 2)
-    torch.library.opcheck(
-        operator.default,
-        args,
-        test_utils=rules,
-    )
+    torch.library.opcheck(operator.default, args, test_utils=rules)
 
 
 def test_names(monkeypatch, choose_isa):

@@ -154,8 +154,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        buffers = self._buffers  # as attributes they would be found the long way
-        if buffers.get("tiles") is not None:
+        if self.backend == "cpu":
+            buffers = self._buffers  # as attributes they would be found the long way
             # not by x.requires_grad: tracers and vmap hide that somebody will want the gradient
             multiply = op.b3_linear if torch.is_grad_enabled() else op.b3_linear_no_grad
             size = self.out_features, self.in_features

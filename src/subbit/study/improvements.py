@@ -92,15 +92,14 @@ _CHOICES = {
 }
 
 # The target of pbs2p-plus with other methods; at strength 1 it is what GPTAQ aims at
-_ASYMMETRIC = [
-    "calibration.sequential=true", "asymmetry.strength=0.3", "asymmetry.linears=all",
-]  # fmt: skip
+_SEQUENTIAL = ["calibration.sequential=true"]
+_ASYMMETRIC = [*_SEQUENTIAL, "asymmetry.strength=0.3", "asymmetry.linears=all"]
 _OTHERS = [
     cell
     for recipe in ("gptq-3", "arb-rc", "pbs2p-6-8")
     for cell in (
         Cell(recipe, recipe),
-        Cell(f"{recipe}-sequential", recipe, _ASYMMETRIC[:1]),
+        Cell(f"{recipe}-sequential", recipe, _SEQUENTIAL),
         Cell(f"{recipe}-asymmetric", recipe, _ASYMMETRIC),
         Cell(f"{recipe}-asymmetric-1", recipe, [*_ASYMMETRIC, "asymmetry.strength=1"]),
     )

@@ -150,8 +150,8 @@ def continued_windows(
                 continue
             _continue(model, part, known, 1.0, None, generator, advance, given)
             if shelf is not None:
-                drawn = generator.get_state().tolist()
-                shelf.store(name, {"tokens": part.tolist(), "generator": drawn})
+                state = generator.get_state().tolist()
+                shelf.store(name, {"tokens": part.tolist(), "generator": state})
     return pieces.view(nsamples, count * length)[:, :seqlen].contiguous()
 
 

@@ -571,7 +571,8 @@ T512 void strips_512(const Job& j, int64_t strip, int n) {
 // ---- AMX: sixteen rows x 64 columns with sixteen vectors at a time
 
 #define TAMX \
-    __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+    __attribute__((target("amx-tile,amx-int8,amx-bf16," \
+                          "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
 // Codes of columns 16k .. 16k + 15 in the low bits of each byte.
 template <class F>
@@ -1366,6 +1367,10 @@ constexpr int64_t kPromptCols = 1 << 24;  // with more, how far vectors are apar
 constexpr int kTile = 512, kSums = 256;  // values of a tile of bfloat16; of sums
 constexpr int kBlockPieces = kBlock / kPiece;
 
+// Sums of two strips with all vectors: for each pair of sixteens, even where the second is missing,
+// tiles of 16 rows x 16 vectors, two of the first strip, then two of the second.
+constexpr int64_t sums_of(int64_t sixteens) { return (sixteens + 1) / 2 * 4 * kSums; }
+
 struct Prompt {
     const Job& job;
     const uint16_t* from;  // (batch, cols)
@@ -1416,8 +1421,8 @@ TAMX INLINE void decode_pair(const Job& j, int64_t strip, int64_t b0, int64_t b1
     }
 }
 
-// `count` pieces of two strips with sixteen vectors or, V = 2, with two sixteens `next` apart. The
-// sums are tiles of 16 rows x 16 vectors, of one strip, then of the other; `begin`: there are none yet.
+// `count` pieces of two strips with sixteen vectors or, V = 2, with two sixteens `next` apart, added to
+// their four tiles of `sums`; `begin`: there are no sums yet.
 template <int V>
 TAMX INLINE void multiply_pieces(const uint16_t* weights, const uint16_t* vectors, int64_t next,
                                  int64_t count, bool begin, float* sums) {
@@ -1429,7 +1434,7 @@ TAMX INLINE void multiply_pieces(const uint16_t* weights, const uint16_t* vector
         if (V == 2) _tile_zero(3);
     } else {
         _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + V * kSums, 64);
+        _tile_loadd(1, sums + 2 * kSums, 64);
         if (V == 2) _tile_loadd(2, sums + kSums, 64);
         if (V == 2) _tile_loadd(3, sums + 3 * kSums, 64);
     }
@@ -1446,7 +1451,7 @@ TAMX INLINE void multiply_pieces(const uint16_t* weights, const uint16_t* vector
         }
     }
     _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + V * kSums, 64);
+    _tile_stored(1, sums + 2 * kSums, 64);
     if (V == 2) _tile_stored(2, sums + kSums, 64);
     if (V == 2) _tile_stored(3, sums + 3 * kSums, 64);
     stay();
@@ -1464,11 +1469,11 @@ TAMX INLINE void store_rounded(const Prompt& p, int64_t row, int64_t m, const fl
 }
 
 // Strips first .. last - 1 with all vectors. `weights` has room for two strips `kDepth` blocks deep,
-// `sums` for all rows and vectors, both padded to whole pairs and sixteens.
+// `sums` for whole pairs of strips.
 template <class F>
 TAMX void multiply_rows(const Prompt& p, int64_t first, int64_t last, uint16_t* weights, float* sums) {
     const Job& j = p.job;
-    const int64_t blocks = j.shape.blocks(), pair = p.sixteens * 2 * kSums;
+    const int64_t blocks = j.shape.blocks(), pair = sums_of(p.sixteens);
     load_tile_shapes();
     for (int64_t b0 = 0; b0 < blocks; b0 += kDepth) {
         const int64_t b1 = b0 + kDepth < blocks ? b0 + kDepth : blocks, begin = b0 * kBlockPieces;
@@ -1489,10 +1494,9 @@ TAMX void multiply_rows(const Prompt& p, int64_t first, int64_t last, uint16_t* 
     _tile_release();
     for (int64_t strip = first; strip < last; strip++)
         for (int64_t g = 0; g < p.sixteens; g++) {
-            const int together = g + 1 < p.sixteens || g % 2 ? 2 : 1;  // sixteens with one call
-            const float* from = sums + (strip - first) / 2 * pair + g / 2 * 4 * kSums;
+            const int64_t tile = g / 2 * 4 + (strip - first) % 2 * 2 + g % 2;
             store_rounded(p, strip * kTiles * kRows, 16 * g,
-                         from + ((strip - first) % 2 * together + g % 2) * kSums);
+                          sums + (strip - first) / 2 * pair + tile * kSums);
         }
 }
 
@@ -1506,7 +1510,7 @@ bool multiply_part(const Job& j, const uint16_t* from, uint16_t* to, int threads
     const int64_t each = ((strips + parts - 1) / parts + 1) / 2 * 2;  // strips of a part
     const int64_t packed = sixteens * pieces * kTile * 2;
     const int64_t decoded = 2 * kDepth * kBlockPieces * kTile;
-    const int64_t own = decoded * 2 + each * sixteens * kSums * 4;
+    const int64_t own = decoded * 2 + each / 2 * sums_of(sixteens) * 4;
     void* room = nullptr;
     if (posix_memalign(&room, 64, (size_t)(packed + threads * own))) return false;
     const Prompt p = {j, from, to, (uint16_t*)room, sixteens, pieces};

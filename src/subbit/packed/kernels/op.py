@@ -55,13 +55,13 @@ def _panels(rows: int) -> list[tuple[int, int]]:
 
 
 def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
-    if x.shape[-1] != cols:
-        raise ValueError(f"x {tuple(x.shape)} does not fit a linear ({rows}, {cols}).")
     if x.dtype in _COMPILED_DTYPES:
         own = x.float() if x.dtype == torch.float16 else x
         y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
         if y is not None:  # `to` is dear even where it does nothing, and this runs for every token
             return y if y.dtype == x.dtype else y.to(x.dtype)
+    if x.shape[-1] != cols:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a linear ({rows}, {cols}).")
     check_sizes(tiles, flags, rows, cols)
     flat = x.reshape(-1, cols)
     y = x.new_empty(flat.shape[0], rows)
