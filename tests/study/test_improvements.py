@@ -81,6 +81,28 @@ def test_a_figure_is_drawn_and_is_the_same_every_time(tmp_path):
     assert first != (tmp_path / "b.png").read_bytes()
 
 
+def test_names_in_a_figure_cover_nothing(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    named = []
+    annotate = Axes.annotate
+
+    def watched(self, *args, **kwargs):
+        named.append((self, annotate(self, *args, **kwargs)))
+        return named[-1][1]
+
+    monkeypatch.setattr(Axes, "annotate", watched)
+    crowd = [packed(f"x-{i}", 2 + 0.002 * i, 30 + 0.4 * i) for i in range(3)]
+    far = [packed("gptq-2", 2.1, 900.0), packed("gptq-1", 1.1, 9000.0)]
+    draw("t", [record("original", 20.5, 30.0), *crowd, *far], tmp_path / "a.png")
+    written = [(axes, text) for axes, text in named if text.axes is axes]
+    panels = [text.axes for _, text in sorted(written, key=lambda one: one[1].get_text())]
+    assert [text.get_text() for _, text in written].count("gptq-2") == 1
+    assert len(panels) == 5 and panels[0] is panels[1] and panels[0] is not panels[2]
+    boxes = [text.get_window_extent() for _, text in written]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ablation", "pareto"])
 def test_the_studies_run(name, tmp_path, model, monkeypatch):

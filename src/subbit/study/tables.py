@@ -7,8 +7,8 @@ from subbit.study.reference import published_figures
 __all__ = ["markdown"]
 
 _HEAD = (
-    "cell", "changes", "paper bits", "stored bits", "WikiText-2", "C4", "mean loss", "minutes",
-    "peak GiB",
+    "cell", "changes", "paper bits", "stored bits", "file, MB", "WikiText-2", "C4", "mean loss",
+    "minutes", "peak GiB",
 )  # fmt: skip
 _PUBLISHED = ("published code: WikiText-2", "published code: C4", "published code: loss")
 _MARK = "†"
@@ -54,8 +54,8 @@ def _protocol(record: dict[str, Any]) -> str:
         f"{protocol['nsamples']} x {protocol['seqlen']} tokens. Perplexity: first "
         f"{protocol['windows']} windows of {protocol['seqlen']} tokens of WikiText-2 test, and of "
         f"the C4 calibration stream from token {protocol['c4_from']} on (held out). Stored bits "
-        "are bytes on disk of the packed linears; minutes are wall time of the compression on a "
-        "machine that may have been busy."
+        "are bytes on disk of the packed linears, the file has embeddings too; minutes are wall "
+        "time of the compression on a machine that may have been busy."
     )
 
 
@@ -66,13 +66,14 @@ def _row(record: dict[str, Any], vocabulary: int | None) -> tuple[str, ...]:
         for data in ("wikitext2", "c4")
     ]
     if "total" not in record:
-        return (name, changes, "16", "16", *perplexities, "", "", "")
+        return (name, changes, "16", "16", "", *perplexities, "", "", "")
     total, run = record["total"], record["run"]
     return (
         name,
         changes,
         f"{total['paper_bits']:.3f}",
         f"{total['stored_bits']:.3f}",
+        f"{total['file_bytes'] / 1e6:.0f}",
         *perplexities,
         f"{run['mean_loss']:.4f}",
         f"{run['seconds']['total'] / 60:.1f}",

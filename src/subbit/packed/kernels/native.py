@@ -146,7 +146,7 @@ def linear(
             "not contiguous and on the CPU."
         )
     weights = _weights(tiles, flags, rows, cols)
-    out = x.new_empty((*before, rows))
+    out = x.new_empty(*before, rows)
     call = _LINEAR.pack(
         x.data_ptr(),
         _DTYPES[x.dtype],
