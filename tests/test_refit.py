@@ -8,8 +8,9 @@ import torch
 from subbit.hub.quantizer import packed_modules
 from subbit.model import Blocks, ModelEnd, find_blocks, first_inputs, record_calls, run_block
 from subbit.refit import loose_tensors
+from subbit.refit.adam import Adam
 from subbit.refit.model import _Job
-from subbit.refit.tuned import Learner, adam
+from subbit.refit.tuned import Learner
 from subbit.text import calibration_windows
 from test_compression import SMALL, compress, logits
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
@@ -197,7 +198,7 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
     target = hidden.clone()
     for block, call in zip(find_blocks(original).modules, calls):
         target = run_block(block, target, call)
-    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, 0.0, [0], None)
+    job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, 0.0, [0])
     learning = [p for learner in learners for p in learner.begin()]
     job._differentiate(0)
     ours = [p.grad.clone() for p in learning]
@@ -244,6 +245,45 @@ def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len(refit_lines(resumed)) == len(refit_lines(whole))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_steps_of_an_interrupted_refit_of_the_model_are_kept(text, tmp_path, monkeypatch):
+    from subbit.refit import model as refit
+
+    kwargs = {"tokenizer": tiny_tokenizer(), "overrides": MODEL}
+    whole = compress(tiny_model("llama"), text, **kwargs)
+    real, windows = refit._Job._differentiate, []
+
+    def differentiate(job, n):
+        windows.append(n)
+        if len(windows) == 4:
+            raise Interrupted
+        real(job, n)
+
+    monkeypatch.setattr(refit, "_KEPT_EVERY", 0.0)
+    monkeypatch.setattr(refit._Job, "_differentiate", differentiate)
+    kwargs["out"] = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        compress(tiny_model("llama"), text, **kwargs)
+    resumed = compress(tiny_model("llama"), text, resume="required", **kwargs)
+    (steps,) = (line["refit"]["steps"] for line in refit_lines(whole))
+    assert len(windows) == steps + 1  # none but the one that failed twice
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("refit", [REFIT, MODEL])
+def test_nothing_to_learn_is_no_error(refit, text):
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    for block in blocks.modules:
+        block.input_layernorm = block.post_attention_layernorm = torch.nn.Identity()
+    done = compress(model, text, "wanda-4-8", tokenizer=tiny_tokenizer(), overrides=refit)
+    assert all(line["refit"]["after"] == line["refit"]["before"] for line in refit_lines(done))
 
 
 def test_the_model_learns_from_what_it_writes(text, monkeypatch):
@@ -303,12 +343,15 @@ def test_a_refit_of_the_model_that_makes_it_worse_is_taken_back(text):
 
 def test_the_rate_warms_up_and_falls_to_nothing():
     parameter = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
-    optimizer, schedule = adam([parameter], 0.1, 20)
-    rates = []
+    optimizer, rates = Adam([parameter], 0.1, 20), []
     for _ in range(20):
-        rates.append(optimizer.param_groups[0]["lr"])
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones(
+            2
+        )  # with the same gradient always, a step is as long as its rate
         optimizer.step()
-        schedule.step()
+        rates.append((before - parameter.detach()).max().item())
+    assert parameter.grad is None
     assert rates[0] == pytest.approx(0.1 * 2 / 2)  # the first of two steps of warm-up
     assert max(rates) == rates[1] == pytest.approx(0.2, rel=0.01)
     assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.01

@@ -556,7 +556,9 @@ class _Job:
                 self.recipe.refit,
                 order,
                 device=self.device,
+                shelf=self.workdir,
                 advance=bar.advance,
+                skip=bar.skip,
             )
         self.result.log.append({"name": "all blocks", **_refit_facts(done, begun)})
         if self.workdir is not None:

@@ -117,6 +117,26 @@ def test_damaged_state_counts_as_none(tmp_path):
         assert work.fetch("coarse") is None
 
 
+def test_tensors_that_are_kept_take_the_place_of_those_before(tmp_path):
+    with Workdir.open(tmp_path / "m", {}) as work:
+        assert work.fetch_tensors("steps") is None
+        for step in range(3):
+            work.store_tensors("steps", tensors(step), step)
+        assert len(list(work.path.glob("state-steps*.safetensors"))) == 1
+    with Workdir.open(tmp_path / "m", {}) as work:
+        found, step = work.fetch_tensors("steps")
+        assert step == 2 and torch.equal(found["codes"], tensors(2)["codes"])
+        (file,) = work.path.glob("state-steps*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert work.fetch_tensors("steps") is None
+        file.unlink()
+        assert work.fetch_tensors("steps") is None
+        work.store_tensors("steps", tensors(3), 3)
+        assert work.fetch_tensors("steps")[1] == 3
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     out = tmp_path / "m"
     with Workdir.open(out, SETTINGS) as work:

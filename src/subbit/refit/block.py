@@ -13,7 +13,8 @@ from subbit.model import BlockCall
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
-from subbit.refit.tuned import JUDGED, Learner, Refit, adam, tune
+from subbit.refit.adam import Adam
+from subbit.refit.tuned import JUDGED, Learner, Refit, tune
 
 __all__ = ["refit_block"]
 
@@ -77,14 +78,15 @@ class _Job:
             return sum(float(self._distance(n, block)) for n in range(count)) / count
 
     def descend(self) -> None:
-        """Adam with a cosine schedule, a window a step."""
-        optimizer, schedule = adam(self.learner.begin(), self.rate, self.steps)
+        """A window a step."""
+        learning = self.learner.begin()
+        if not learning:
+            return
+        optimizer = Adam(learning, self.rate, self.steps)
         with torch.enable_grad():
             for step in range(self.steps):
-                optimizer.zero_grad()
                 self._distance(step % len(self.hidden), self.learner).backward()
                 optimizer.step()
-                schedule.step()
                 if self.advance:
                     self.advance(1)
 

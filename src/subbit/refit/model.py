@@ -4,7 +4,9 @@ The last stage of a run (`refit.model_steps` in a recipe): Adam on the KL diverg
 token's distribution from the original model's, over the calibration windows.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,26 @@ from subbit.model import BlockCall, Blocks, ModelEnd, backward
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
-from subbit.refit.tuned import JUDGED, Learner, Refit, adam, tune
+from subbit.refit.adam import Adam
+from subbit.refit.tuned import JUDGED, Learner, Refit, tune
 
-__all__ = ["refit_model"]
+__all__ = ["Shelf", "refit_model"]
 
 Advance = Callable[[int], None] | None
+
+_KEPT = "refit-steps"
+_KEPT_EVERY = 120.0  # seconds
+_STEP = 4  # runs of a window through every block that a step counts for: there and back
+
+
+class Shelf(Protocol):
+    """Keeps where the work stands for a run that goes on later, as a `Workdir` does."""
+
+    def fetch_tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Return what is kept under `name`, or None."""
+
+    def store_tensors(self, name: str, tensors: dict[str, Tensor], value: Any) -> None:
+        """Keep tensors and a JSON-able value under `name`, in the place of those before."""
 
 
 def refit_model(
@@ -31,7 +48,9 @@ def refit_model(
     order: Sequence[int],
     *,
     device: torch.device,
+    shelf: Shelf | None = None,
     advance: Advance = None,
+    skip: Advance = None,
 ) -> Refit:
     """Tune levels, norms and biases of all blocks in place, their packed linears made anew.
 
@@ -48,7 +67,10 @@ def refit_model(
         spec: `model_rate` and `model_levels`.
         order: the window of every step of Adam. The first windows also judge the outcome.
         device: where the blocks run.
+        shelf: every two minutes the steps so far are kept there; with the same other arguments the
+            work goes on after them, to the same result.
         advance: called with 1 for every block and window that was run, thrice for the way back.
+        skip: called with what need not be run again.
     """
     by_factor = spec.model_levels == "factor"
     learners = [
@@ -56,7 +78,9 @@ def refit_model(
         for block, names in zip(blocks.modules, linears, strict=True)
     ]
     end = ModelEnd(model, blocks)
-    job = _Job(learners, hidden, target, calls, end, device, spec.model_rate, order, advance)
+    job = _Job(
+        learners, hidden, target, calls, end, device, spec.model_rate, order, shelf, advance, skip
+    )
     with end.on(device):
         return tune(job)
 
@@ -74,12 +98,15 @@ class _Job:
         device: torch.device,
         rate: float,
         order: Sequence[int],
-        advance: Advance,
+        shelf: Shelf | None = None,
+        advance: Advance = None,
+        skip: Advance = None,
     ) -> None:
         self.learners, self.hidden, self.target = learners, hidden, target
         self.calls, self.end, self.device = calls, end, device
         self.steps, self.rate, self.order = len(order), rate, order
-        self.advance = advance or (lambda steps: None)
+        self.shelf = shelf
+        self.advance, self.skip = (call or (lambda steps: None) for call in (advance, skip))
 
     @torch.no_grad()
     def error(self) -> float:
@@ -97,14 +124,26 @@ class _Job:
         return sum(float(self._divergence(hidden[n], n, part)) for n, part in windows) / count
 
     def descend(self) -> None:
-        """Adam with a cosine schedule, a window a step."""
+        """A window a step."""
         learning = [p for learner in self.learners for p in learner.begin()]
-        optimizer, schedule = adam(learning, self.rate, self.steps)
-        for window in self.order:
-            optimizer.zero_grad()
+        if not learning:
+            return
+        optimizer = Adam(learning, self.rate, self.steps)
+        self._take_up(optimizer)
+        kept = time.monotonic()
+        for window in self.order[optimizer.done :]:
             self._differentiate(window)
             optimizer.step()
-            schedule.step()
+            if self.shelf is not None and time.monotonic() - kept >= _KEPT_EVERY:
+                self.shelf.store_tensors(_KEPT, optimizer.state(), optimizer.done)
+                kept = time.monotonic()
+
+    def _take_up(self, optimizer: Adam) -> None:
+        """Go on after the steps of an interrupted run."""
+        found = None if self.shelf is None else self.shelf.fetch_tensors(_KEPT)
+        if found is not None:
+            optimizer.take_up(*found)
+            self.skip(_STEP * len(self.learners) * optimizer.done)
 
     def settle(self) -> bool:
         """Put what was learned in place as it is stored; False if some of it cannot be."""

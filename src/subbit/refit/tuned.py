@@ -1,7 +1,6 @@
 """What may learn once codes are settled (levels, norms and biases), and how it is made to."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -13,7 +12,7 @@ from subbit.errors import FormatError
 from subbit.model import replace_module
 from subbit.packed.linear import PackedLinear
 
-__all__ = ["JUDGED", "Learner", "Refit", "adam", "loose_tensors", "tune"]
+__all__ = ["JUDGED", "Learner", "Refit", "loose_tensors", "tune"]
 
 JUDGED = 8  # windows by which the outcome is judged
 _SLOW = 0.2  # how fast levels learn by themselves where a factor for all of them learns too
@@ -85,24 +84,6 @@ def loose_tensors(block: nn.Module, linears: list[str]) -> dict[str, nn.Paramete
     }
 
 
-def adam(
-    learning: Iterable[nn.Parameter], rate: float, steps: int
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam whose step moves a number by its tensor's own size times a rate.
-
-    The rate rises to `rate` over the first tenth of the steps, since Adam's first steps are as long
-    as any whatever the gradients, and falls to 0 along a cosine.
-    """
-    groups = [{"params": [p], "lr": rate * _size(p)} for p in learning]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    warm = max(1, steps // 10)
-
-    def share(step: int) -> float:
-        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
 class Learner:
     """A compressed block while its levels, norms and biases learn in float32.
 
@@ -161,10 +142,6 @@ class Learner:
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.block.get_parameter(name).copy_(value)
-
-
-def _size(parameter: Tensor) -> float:
-    return float(parameter.detach().square().mean().sqrt()) or 1.0
 
 
 class _Tuned(nn.Module):

@@ -5,6 +5,7 @@ A run works in `<out>.partial/` beside its output folder:
     .lock                    held (flock) by the process at work
     run.json                 the settings that the run was started with
     state-<name>.json        small results, such as the coarse allocation
+    state-<name>-0.safetensors  tensors that belong to one (or -1: the two take turns)
     block-0007.safetensors   the tensors of one finished block
     block-0007.json          its size and sha256, and what else belongs to the block
     log.jsonl                one line per linear, if the job writes it here
@@ -158,6 +159,35 @@ class Workdir:
         record = read_json(self._state(name)) or {}
         value = record.get("value")
         return value if record.get("sha256") == json_sha256(value) else None
+
+    def store_tensors(self, name: str, tensors: dict[str, Tensor], value: Any) -> None:
+        """Keep tensors and a small JSON-able value under `name`, in the place of those before.
+
+        Raises:
+            OutputError: the disk is full or the file cannot be written.
+        """
+        slots = [self.path / f"state-{name}-{i}.safetensors" for i in range(2)]
+        before = (self.fetch(name) or {}).get("file")
+        new, old = slots if before != slots[0].name else reversed(slots)
+        write_atomic(new, lambda temporary: _save(tensors, temporary))
+        self.store(name, {"file": new.name, "sha256": file_sha256(new), "value": value})
+        old.unlink(missing_ok=True)
+
+    def fetch_tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Return the tensors (on the CPU) and the value kept under `name`.
+
+        None if there are none or they were damaged.
+        """
+        note = self.fetch(name)
+        if note is None:
+            return None
+        file = self.path / note["file"]
+        try:
+            if file_sha256(file) == note["sha256"]:
+                return load_file(file), note["value"]
+        except (OSError, SafetensorError):
+            pass
+        return None
 
     def publish(self, build: Callable[[Path], None]) -> None:
         """Let `build` fill a folder, rename that folder to `out`, and remove the workdir.
