@@ -7,7 +7,14 @@ import torch
 
 from subbit.calibration import Calibrator
 from subbit.linalg import PairAccumulator, shifted_target
-from subbit.model import find_blocks, find_linears, first_inputs, record_calls, wiring
+from subbit.model import (
+    find_blocks,
+    find_linears,
+    first_inputs,
+    record_calls,
+    replace_module,
+    wiring,
+)
 from subbit.recipe import load_recipe
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
@@ -124,6 +131,38 @@ def test_the_full_shift_is_the_least_squares_solution(family, residual):
     best = torch.linalg.lstsq(X, Y).solution.T
     assert loss(target) <= loss(W) * (1 + 1e-6)
     assert loss(target) <= loss(best) + 0.02 * (loss(W) - loss(best)) + 1e-6
+
+
+@pytest.mark.parametrize("family", PLAIN_SUMS)
+def test_the_hidden_states_before_a_writer_hold_what_replaced_the_writer_before_it(family):
+    changes = ["asymmetry.strength=1", "calibration.sequential=true"]
+    calibrator, linears = prepared(family, *changes)
+    block, call = calibrator.blocks.modules[0], calibrator.calls[0]
+    originals, seen = calibrator.originals.clone(), {}
+
+    def keep(module, args, out):
+        seen["x"], seen["y"] = args[0].flatten(0, -2), out.flatten(0, -2)
+
+    def before(writer, states):
+        x, stream = [], []
+        with block.get_submodule(writer).register_forward_hook(keep):
+            for n in range(NSAMPLES):
+                out = call.run(block, states[n : n + 1].clone())[0]
+                x.append(seen["x"])
+                stream.append(out - seen["y"])
+        return torch.cat(x), torch.cat(stream)
+
+    writer = wiring(block, originals[:1], call, linears).writers[-1]
+    _, theirs = before(writer, originals)
+    for statistics in calibrator.rounds(0, linears):
+        if writer in statistics:
+            X, ours = before(writer, calibrator.hidden)
+            D = (theirs - ours).T @ X
+            assert torch.allclose(statistics[writer].D, D, rtol=1e-3, atol=1e-4 * D.abs().max())
+        for name in statistics:  # a new module, as a packed linear is
+            other = copy.deepcopy(linears[name])
+            other.weight.data.mul_(0.5)
+            replace_module(block, name, other)
 
 
 def test_targets_of_nothing_are_the_weights():

@@ -89,10 +89,10 @@ class Calibrator:
             return
         found = self._wiring(i, linears)
         pairs = self._pairs(found)
-        originals = self._look_at_originals(i, linears, pairs, found, advance)
+        originals = self._look_at_originals(i, pairs, found, advance)
         groups = found.groups
         for names in groups if self.sequential else [sum(groups, ())]:
-            yield self._look(i, linears, names, found, originals, advance)
+            yield self._look(i, names, found, originals, advance)
 
     def target(self, W: Tensor, statistics: GramAccumulator) -> Tensor:
         """What to compress a weight `(rows, cols)` float32 towards."""
@@ -137,7 +137,6 @@ class Calibrator:
     def _look_at_originals(
         self,
         i: int,
-        linears: dict[str, nn.Module],
         pairs: tuple[str, ...],
         found: Wiring,
         advance: Advance,
@@ -150,7 +149,6 @@ class Calibrator:
             self.blocks.modules[i],
             self.originals,
             self.calls[i],
-            linears,
             pairs,
             found.writers,
             whole=True,
@@ -168,7 +166,6 @@ class Calibrator:
     def _look(
         self,
         i: int,
-        linears: dict[str, nn.Module],
         names: tuple[str, ...],
         found: Wiring,
         originals: dict[str, list[tuple[Tensor, Tensor | None]]],
@@ -183,7 +180,6 @@ class Calibrator:
             self.blocks.modules[i],
             self.hidden,
             self.calls[i],
-            linears,
             leaders,
             found.writers,
             device=self.device,

@@ -101,7 +101,6 @@ def look_at_windows(
     block: nn.Module,
     hidden: Tensor,
     call: BlockCall,
-    linears: dict[str, nn.Module],
     watched: Sequence[str],
     writers: Sequence[str],
     *,
@@ -115,8 +114,8 @@ def look_at_windows(
         block: the decoder block.
         hidden: hidden states `(nsamples, seqlen, width)` entering it, on the CPU.
         call: its other arguments.
-        linears: linears in the block by name.
-        watched: the linears to look at, in the order of calls.
+        watched: names of the linears to look at, in the order of calls. What is in their places
+            now is looked at, compressed or not.
         writers: as in `Wiring`; `before` is filled in for those among `watched`.
         whole: run to the end of the block; otherwise the last watched linear is not run.
         device: where the block runs; None = where it is.
@@ -129,9 +128,10 @@ def look_at_windows(
         call = call.to(place)
         runs = _Run(tuple(watched), tuple(writers), whole)
         for name in dict.fromkeys([*watched, *writers]):
-            hooks.callback(linears[name].register_forward_pre_hook(runs.given(name)).remove)
+            linear = block.get_submodule(name)
+            hooks.callback(linear.register_forward_pre_hook(runs.given(name)).remove)
             if name in writers:
-                hooks.callback(linears[name].register_forward_hook(runs.gives(name)).remove)
+                hooks.callback(linear.register_forward_hook(runs.gives(name)).remove)
         for n in range(len(hidden)):
             x = hidden[n : n + 1].to(place, copy=True)
             runs.begin(x)
