@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from subbit.calibration import Calibrator
+from subbit.errors import ModelError, RecipeError
 from subbit.linalg import PairAccumulator, shifted_target
 from subbit.model import (
     find_blocks,
@@ -163,6 +164,37 @@ def test_the_hidden_states_before_a_writer_hold_what_replaced_the_writer_before_
             other = copy.deepcopy(linears[name])
             other.weight.data.mul_(0.5)
             replace_module(block, name, other)
+
+
+@pytest.mark.parametrize("change", ["asymmetry.strength=0.3", "calibration.tokens=relative"])
+def test_a_model_without_writers_is_refused_where_they_are_all_that_counts(change):
+    calibrator, linears = prepared("gemma2", change)
+    with pytest.raises(RecipeError, match="has none: it normalises"):
+        next(calibrator.rounds(0, linears))
+    calibrator, linears = prepared("gemma2", "asymmetry.strength=0.3", "asymmetry.linears=all")
+    next(calibrator.rounds(0, linears))
+
+
+def test_a_skipped_writer_still_counts_for_the_hidden_states():
+    changes = ["asymmetry.strength=1", "calibration.sequential=true"]
+    calibrator, linears = prepared("llama", *changes)
+    *_, whole = calibrator.rounds(0, linears)
+    calibrator, linears = prepared("llama", *changes)
+    del linears["self_attn.o_proj"]
+    rounds = list(calibrator.rounds(0, linears))
+    assert [list(names) for names in rounds] == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+    assert torch.equal(rounds[-1]["mlp.down_proj"].D, whole["mlp.down_proj"].D)
+
+
+def test_a_linear_that_never_runs_is_named():
+    calibrator, linears = prepared("llama", "calibration.sequential=true")
+    linears["spare"] = torch.nn.Linear(4, 4)
+    with pytest.raises(ModelError, match="never ran on the calibration text"):
+        calibrator.passes(linears)
 
 
 def test_targets_of_nothing_are_the_weights():

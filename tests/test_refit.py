@@ -1,12 +1,22 @@
 """Refitting: levels, norms and biases move, codes stay, the block's error falls."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 
 from subbit.hub.quantizer import packed_modules
-from subbit.model import Blocks, ModelEnd, find_blocks, first_inputs, record_calls, run_block
+from subbit.model import (
+    Blocks,
+    ModelEnd,
+    find_blocks,
+    find_linears,
+    first_inputs,
+    record_calls,
+    run_block,
+)
 from subbit.refit import loose_tensors
 from subbit.refit.adam import Adam
 from subbit.refit.model import _Job
@@ -142,7 +152,7 @@ def divergence(model, other, tokens):
 def test_all_blocks_together_come_closer_to_the_original_predictions(family, text):
     done, plain = fitted(family, text, *MODEL), fitted(family, text, "refit.steps=0")
     (line,) = refit_lines(done)
-    assert line["refit"]["after"] < 0.9 * line["refit"]["before"]
+    assert line["refit"]["after"] < 0.97 * line["refit"]["before"]
     ours, before = packed_modules(done.model), packed_modules(plain.model)
     assert all(
         torch.equal(module.compressed().codes, before[name].compressed().codes)
@@ -161,7 +171,7 @@ def test_levels_that_move_together(levels, text):
     for form in ("free", "factor"):
         done = fitted("llama", text, *MODEL, f"refit.model_levels={form}", f"levels={levels}")
         (line,) = refit_lines(done)
-        assert line["refit"]["after"] < 0.9 * line["refit"]["before"]
+        assert line["refit"]["after"] < 0.97 * line["refit"]["before"]
         results[form] = packed_modules(done.model)
     plain = packed_modules(fitted("llama", text, "refit.steps=0", f"levels={levels}").model)
 
@@ -339,6 +349,40 @@ def test_a_refit_of_the_model_that_makes_it_worse_is_taken_back(text):
     (line,) = refit_lines(done)
     assert line["refit"]["after"] == line["refit"]["before"]
     assert torch.equal(logits(done.model), logits(plain.model))
+
+
+@pytest.mark.parametrize("refit", [REFIT, MODEL])
+def test_what_is_skipped_stays_as_it_is(refit, text):
+    skip = 'skip=["model.layers.1", "*.input_layernorm", "*.q_proj"]'
+    done = fitted("qwen2", text, *refit, skip)
+    before, after = dict(tiny_model("qwen2").named_parameters()), done.model.state_dict()
+    left = [
+        name
+        for name in before
+        if "layers.1." in name or "input_layernorm" in name or "q_proj" in name
+    ]
+    assert len(left) > 12 and all(torch.equal(after[name], before[name]) for name in left)
+    name = "model.layers.0.post_attention_layernorm.weight"
+    assert not torch.equal(after[name], before[name])
+
+
+def test_dense_weights_are_gone_when_all_blocks_are_refitted(text, monkeypatch):
+    from subbit import compression
+
+    model = tiny_model("llama")
+    linears = [m for block in find_blocks(model).modules for m in find_linears(block).values()]
+    dense = [weakref.ref(linear) for linear in linears]
+    del linears
+    alive, real = [], compression.refit_model
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(linear() is not None for linear in dense))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(compression, "refit_model", watched)
+    compress(model, text, tokenizer=tiny_tokenizer(), overrides=MODEL)
+    assert alive == [0]
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():

@@ -12,8 +12,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from subbit.errors import RecipeError
 from subbit.linalg import GramAccumulator, PairAccumulator, shifted_target
-from subbit.model import BlockCall, Blocks, capture_inputs, look_at_windows, run_block, wiring
+from subbit.model import (
+    BlockCall,
+    Blocks,
+    capture_inputs,
+    check_all_ran,
+    find_linears,
+    look_at_windows,
+    run_block,
+    wiring,
+)
 from subbit.model.pairs import Wiring
 from subbit.recipe import Recipe
 
@@ -124,15 +134,33 @@ class Calibrator:
         return run_block(block, hidden, call, out=out, device=self.device, advance=advance)
 
     def _wiring(self, i: int, linears: dict[str, nn.Module]) -> Wiring:
-        first = self.hidden[:1]
-        return wiring(self.blocks.modules[i], first, self.calls[i], linears, self.device)
+        """How a block hangs together: groups of the linears that are compressed, all writers."""
+        block, call = self.blocks.modules[i], self.calls[i]
+        found = wiring(block, self.hidden[:1], call, find_linears(block), self.device)
+        seen = set().union(*found.groups)
+        check_all_ran([name for name in linears if name not in seen], call.name)
+        self._check_writers(linears, found, call.name)
+        groups = (tuple(name for name in group if name in linears) for group in found.groups)
+        return Wiring(tuple(group for group in groups if group), found.writers)
+
+    def _check_writers(self, linears: dict[str, nn.Module], found: Wiring, block: str) -> None:
+        moves = self.asymmetry.strength and self.asymmetry.linears == "writers"
+        if linears and not found.writers and (moves or self.relative):
+            what = "asymmetry.linears=writers" if moves else "calibration.tokens=relative"
+            raise RecipeError(
+                f"{what} is about linears whose outputs are added to the hidden states, and "
+                f"{block} has none: it normalises or scales what it adds; use "
+                f"{'asymmetry.linears=all' if moves else 'calibration.tokens=equal'}"
+            )
 
     def _pairs(self, found: Wiring) -> tuple[str, ...]:
         """The linears whose targets move; of each input the first linear stands for all."""
         if not self.asymmetry.strength:
             return ()
         leaders = tuple(group[0] for group in found.groups)
-        return found.writers if self.asymmetry.linears == "writers" else leaders
+        if self.asymmetry.linears == "all":
+            return leaders
+        return tuple(name for name in leaders if name in found.writers)
 
     def _look_at_originals(
         self,

@@ -103,6 +103,12 @@ class CoarseStage:
         return kept, mean_kept(own, flat)
 
     @property
+    def _middle(self) -> int:
+        """The middle one of the blocks that have linears to compress."""
+        having = [i for i, own in enumerate(self.linears) if own]
+        return having[len(having) // 2]
+
+    @property
     def _few(self) -> Tensor:
         return self.hidden[:_WINDOWS]
 
@@ -119,21 +125,19 @@ class CoarseStage:
         hidden, damages, losses = self._few.clone(), [], []
         for i, block in enumerate(self.blocks.modules):
             grams = self._grams(i, hidden, advance)
-            if i == len(self.linears) // 2:
-                losses = self._losses(grams, self.linears[i])
+            if i == self._middle:
+                losses = self._losses(i, grams)
             for name, linear in self.linears[i].items():
-                weight, _ = self._compressed(grams[name], name, linear, self.recipe.nm[0])
+                weight, _ = self._compressed(i, name, grams[name], self.recipe.nm[0])
                 damages.append(self._damage(i, linear, weight, entering))
                 _say(advance, len(self.blocks.modules) - i)
             run_block(block, hidden, self.calls[i], out=hidden, device=self.device)
             _say(advance, 1)
         return {"losses": losses, "damages": damages}
 
-    def _losses(
-        self, grams: dict[str, GramAccumulator], linears: dict[str, nn.Module]
-    ) -> list[float]:
+    def _losses(self, i: int, grams: dict[str, GramAccumulator]) -> list[float]:
         def mean_loss(n: int) -> float:
-            losses = [self._compressed(grams[k], k, linear, n)[1] for k, linear in linears.items()]
+            losses = [self._compressed(i, name, gram, n)[1] for name, gram in grams.items()]
             return sum(losses) / len(losses)
 
         return [mean_loss(n) for n in range(1, self.recipe.nm[1] + 1)]
@@ -149,12 +153,10 @@ class CoarseStage:
             advance=advance,
         )
 
-    def _compressed(
-        self, gram: GramAccumulator, name: str, linear: nn.Module, n: int
-    ) -> tuple[Tensor, float]:
+    def _compressed(self, i: int, name: str, gram: GramAccumulator, n: int) -> tuple[Tensor, float]:
         """The dense weight `(rows, cols)` that the method makes of a linear, and its loss."""
-        W = weight_of(linear).to(self.device, torch.float32)
-        stats = LinearStats(gram.H, gram.tokens, name, gram.mean)
+        W = weight_of(self.linears[i][name]).to(self.device, torch.float32)
+        stats = LinearStats(gram.H, gram.tokens, f"{self.blocks.name(i)}.{name}", gram.mean)
         result = self.method.compress(W, stats, (n, self.recipe.nm[1]))
         return result.dequantize(), result.record["loss"]
 

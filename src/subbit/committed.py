@@ -1,5 +1,6 @@
 """A compressed block as what is committed to disk of it, and back."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ _LOOSE = "loose."  # names of the vectors in a commit that refitting has changed
 
 
 def commit_of(
-    block: nn.Module, linears: dict[str, nn.Module], lines: list[dict[str, Any]], loose: bool
+    block: nn.Module, linears: Iterable[str], lines: list[dict[str, Any]], loose: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts from which `restore_block` can rebuild a block.
 
     Args:
         block: the compressed block.
-        linears: its linears by name, as they were in the original model.
+        linears: names of its packed linears.
         lines: those of the log that belong to it.
         loose: whether its norms and biases are not those of the original model any more.
     """
@@ -33,7 +34,7 @@ def commit_of(
         for field, tensor in module.fields().items()
     }
     if loose:
-        vectors = loose_tensors(block, list(linears))
+        vectors = loose_tensors(block, packed)
         tensors |= {f"{_LOOSE}{name}": vector.detach() for name, vector in vectors.items()}
     layouts = {name: module.layout.to_dict() for name, module in packed.items()}
     return tensors, {"layouts": layouts, "log": lines}
@@ -59,10 +60,11 @@ def restore_block(
         packed = PackedLinear(layout, linear.bias is not None, dtype, device="meta")
         state = {field: tensors[f"{name}.{field}"] for field in layout.fields()}
         if linear.bias is not None:
-            state["bias"] = linear.bias.detach()
+            state["bias"] = linear.bias.detach().to(dtype)
         packed.load_state_dict(state, assign=True)
+        packed.to(linear.weight.device)
         packed.requires_grad_(False)
         replace_module(block, name, packed)
-    for name, parameter in loose_tensors(block, list(linears)).items():
+    for name, parameter in loose_tensors(block, linears).items():
         if f"{_LOOSE}{name}" in tensors:
             parameter.data.copy_(tensors[f"{_LOOSE}{name}"])

@@ -283,6 +283,7 @@ class _Job:
             }
             for i, block in enumerate(blocks.modules)
         ]
+        self.names = [list(own) for own in self.linears]
         self.outputs: list[dict[str, GramAccumulator]] = [{} for _ in self.linears]
         self.seconds: dict[str, float] = {}
         self.passes = 1
@@ -311,7 +312,7 @@ class _Job:
     def _steps_of_block(self, i: int) -> int:
         """Steps of compressing one block, without propagation."""
         refit = self.recipe.refit.steps * _REFIT_STEPS
-        linears = len(self.linears[i]) * self._linear_steps
+        linears = len(self.names[i]) * self._linear_steps
         return len(self.tokens) * self.passes + linears + refit
 
     @property
@@ -383,7 +384,7 @@ class _Job:
         """What every token counts for each linear, where gradients decide; keeps `outputs`."""
         if not (self._by_token or self._by_output):
             return None
-        if self._committed >= len(self.linears):  # they could decide nothing any more
+        if self._committed >= len(self.names):  # they could decide nothing any more
             bar.skip(self._steps_of_gradients)
             return None
         bar.phase("gradients of the text")
@@ -479,7 +480,8 @@ class _Job:
                 if log is not None:
                     log.write(lines[-1])
                 self.result.records[full] = record
-        for name in linears:
+        linears.clear()  # or the dense weights would live on
+        for name in self.names[i]:
             block.get_submodule(name).drop_dense()
         if self.recipe.refit.steps:
             with self._stage("refit"):
@@ -488,7 +490,7 @@ class _Job:
         if self.workdir is not None:
             with self._stage("commit"):
                 loose = self.recipe.refit.steps > 0
-                self.workdir.commit(i, *commit_of(block, linears, lines, loose))
+                self.workdir.commit(i, *commit_of(block, self.names[i], lines, loose))
 
     def _next_round(self, rounds: Iterator[Statistics]) -> Statistics | None:
         with self._stage("capture"):
@@ -525,15 +527,22 @@ class _Job:
         begun = time.monotonic()
         done = refit_block(
             self.blocks.modules[i],
-            list(self.linears[i]),
+            self.names[i],
             calibrator.hidden,
             calibrator.originals if target is None else target,
             calibrator.calls[i],
             self.recipe.refit,
+            frozen=self._frozen(i),
             device=self.device,
             advance=lambda steps: bar.advance(steps * _REFIT_STEPS),
         )
         return {"block": i, "name": self.blocks.name(i), **_refit_facts(done, begun)}
+
+    def _frozen(self, i: int) -> set[str]:
+        """Names of the parameters of a block that are to be left as they are."""
+        names = (name for name, _ in self.blocks.modules[i].named_parameters())
+        block = self.blocks.name(i)
+        return {name for name in names if is_skipped(f"{block}.{name}", self.recipe.skip)}
 
     def _refit_model(self, calibrator: Calibrator, lessons: Lessons, bar: Progress) -> None:
         """Tune all blocks together, and commit every one of them a second time."""
@@ -549,12 +558,13 @@ class _Job:
             done = refit_model(
                 self.model,
                 self.blocks,
-                [list(linears) for linears in self.linears],
+                self.names,
                 hidden,
                 target,
                 calibrator.calls,
                 self.recipe.refit,
                 order,
+                frozen=[self._frozen(i) for i in range(len(self.names))],
                 device=self.device,
                 shelf=self.workdir,
                 advance=bar.advance,
@@ -584,7 +594,7 @@ class _Job:
         count = len(self.blocks.modules)
         for i in range(self.workdir.committed - count, count):
             lines = self.workdir.load(i)[1]["log"]
-            commit = commit_of(self.blocks.modules[i], self.linears[i], lines, True)
+            commit = commit_of(self.blocks.modules[i], self.names[i], lines, True)
             self.workdir.commit(count + i, *commit)
 
     def _restore(self, i: int) -> None:
@@ -592,6 +602,7 @@ class _Job:
         again = len(self.blocks.modules) if self._is_refitted else 0
         tensors, meta = self.workdir.load(again + i)
         restore_block(self.blocks.modules[i], self.linears[i], tensors, meta, self.model.dtype)
+        self.linears[i].clear()
         for line in meta["log"]:
             if "refit" in line:
                 continue

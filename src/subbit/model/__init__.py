@@ -7,7 +7,7 @@ is recorded from the model's own forward pass.
 from subbit.model.backward import OutputGrams, TokenGradients, backward, look_at_gradients
 from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_module, weight_of
 from subbit.model.calls import BlockCall
-from subbit.model.capture import block_similarities, capture_inputs, run_block
+from subbit.model.capture import block_similarities, capture_inputs, check_all_ran, run_block
 from subbit.model.coverage import check_coverage, is_skipped
 from subbit.model.end import ModelEnd, positions_at_once
 from subbit.model.load import LoadedModel, load_model
@@ -27,6 +27,7 @@ __all__ = [
     "backward",
     "block_similarities",
     "capture_inputs",
+    "check_all_ran",
     "check_coverage",
     "check_finite",
     "find_blocks",

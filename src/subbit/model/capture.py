@@ -13,7 +13,14 @@ from subbit.errors import ModelError, NonFiniteError
 from subbit.model.blocks import Blocks
 from subbit.model.calls import BlockCall, hidden_of
 
-__all__ = ["Accumulator", "block_similarities", "capture_inputs", "placed", "run_block"]
+__all__ = [
+    "Accumulator",
+    "block_similarities",
+    "capture_inputs",
+    "check_all_ran",
+    "placed",
+    "run_block",
+]
 
 Advance = Callable[[int], None] | None
 
@@ -103,13 +110,21 @@ def capture_inputs(
         for name, linear in linears.items():
             hooks.callback(linear.register_forward_pre_hook(watch.hook(name)).remove)
         _run_windows(block, hidden, call, device, advance, lambda i, x, y: watch.end_window())
-    never = [name for name in linears if name not in watch.leader]
+    check_all_ran([name for name in linears if name not in watch.leader], call.name)
+    return {name: watch.accumulators[watch.leader[name]] for name in linears}
+
+
+def check_all_ran(never: list[str], block: str) -> None:
+    """Refuse linears of a block that never ran.
+
+    Raises:
+        ModelError: there are any.
+    """
     if never:
         raise ModelError(
-            f"{', '.join(never)} of {call.name} never ran on the calibration text, so there is "
+            f"{', '.join(never)} of {block} never ran on the calibration text, so there is "
             "nothing to calibrate on; skip such linears by name or give more text"
         )
-    return {name: watch.accumulators[watch.leader[name]] for name in linears}
 
 
 def block_similarities(

@@ -4,7 +4,7 @@ Block-wise reconstruction after the codes are settled (`refit.steps` in a recipe
 distance between what the compressed block puts out and what the original one did.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ def refit_block(
     call: BlockCall,
     spec: RefitSpec,
     *,
+    frozen: Container[str] = (),
     device: torch.device,
     advance: Advance = None,
 ) -> Refit:
@@ -43,12 +44,13 @@ def refit_block(
         target: what it is to put out, same shape.
         call: its other arguments.
         spec: steps and learning rate.
+        frozen: names of parameters that do not learn.
         device: where the work is done.
         advance: called with 1 after every step.
     """
     with placed(block, device) as place:
-        job = _Job(Learner(block, linears), hidden, target, call.to(place), place, spec, advance)
-        return tune(job)
+        learner = Learner(block, linears, frozen)
+        return tune(_Job(learner, hidden, target, call.to(place), place, spec, advance))
 
 
 class _Job:

@@ -5,7 +5,7 @@ token's distribution from the original model's, over the calibration windows.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,7 @@ def refit_model(
     spec: RefitSpec,
     order: Sequence[int],
     *,
+    frozen: Sequence[Container[str]] | None = None,
     device: torch.device,
     shelf: Shelf | None = None,
     advance: Advance = None,
@@ -66,6 +67,7 @@ def refit_model(
         calls: the other arguments of every block.
         spec: `model_rate` and `model_levels`.
         order: the window of every step of Adam. The first windows also judge the outcome.
+        frozen: for every block the names of parameters that do not learn; None = none.
         device: where the blocks run.
         shelf: every two minutes the steps so far are kept there; with the same other arguments the
             work goes on after them, to the same result.
@@ -73,9 +75,10 @@ def refit_model(
         skip: called with what need not be run again.
     """
     by_factor = spec.model_levels == "factor"
+    frozen = [()] * len(linears) if frozen is None else frozen
     learners = [
-        Learner(block, names, by_factor)
-        for block, names in zip(blocks.modules, linears, strict=True)
+        Learner(block, *names, by_factor)
+        for block, *names in zip(blocks.modules, linears, frozen, strict=True)
     ]
     end = ModelEnd(model, blocks)
     job = _Job(

@@ -1,6 +1,6 @@
 """What may learn once codes are settled (levels, norms and biases), and how it is made to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -67,18 +67,22 @@ def tune(job: Job) -> Refit:
     return Refit(before, after, job.steps)
 
 
-def loose_tensors(block: nn.Module, linears: list[str]) -> dict[str, nn.Parameter]:
+def loose_tensors(
+    block: nn.Module, linears: Iterable[str], frozen: Container[str] = ()
+) -> dict[str, nn.Parameter]:
     """The parameters of a block that refitting may change beside levels: vectors (norms, biases).
 
     Args:
         block: a decoder block.
         linears: names of its packed linears; of these only the bias counts.
+        frozen: names of parameters that are to stay as they are.
     """
     packed = {f"{name}." for name in linears}
     return {
         name: parameter
         for name, parameter in block.named_parameters()
-        if parameter.dim() == 1
+        if name not in frozen
+        and parameter.dim() == 1
         and parameter.is_floating_point()
         and (name.endswith(".bias") or not any(name.startswith(prefix) for prefix in packed))
     }
@@ -93,14 +97,21 @@ class Learner:
     Args:
         block: the compressed block.
         linears: names of its packed linears.
+        frozen: names of parameters that do not learn.
         by_factor: the parameters of a level record learn as a factor for all of them, and each by
             itself a fifth as fast.
     """
 
-    def __init__(self, block: nn.Module, linears: list[str], by_factor: bool = False) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Iterable[str],
+        frozen: Container[str] = (),
+        by_factor: bool = False,
+    ) -> None:
         self.block, self.by_factor = block, by_factor
         self.packed = {name: block.get_submodule(name) for name in linears}
-        loose = loose_tensors(block, linears)
+        loose = loose_tensors(block, self.packed, frozen)
         self._old = {name: parameter.detach().clone() for name, parameter in loose.items()}
         self._masters: dict[str, nn.Parameter] = {}
         self._tuned: dict[str, _Tuned] = {}
