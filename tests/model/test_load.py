@@ -125,7 +125,23 @@ def test_no_weight_is_left_random(folder):
         load_model(folder)
 
 
+def test_no_weight_of_a_part_of_the_model_is_left_out(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["score.weight"] = torch.ones(2, 4)  # another head
+    save_file(tensors, path, {"format": "pt"})
+    load_model(folder)
+    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"no place for: .*layers\.1\.self_attn\.q_proj\.bias"):
+        load_model(folder)
+
+
 def test_models_that_cannot_be_compressed(folder):
+    change_config(folder, auto_map=None)
+    with pytest.raises(ModelError, match="transformers cannot load"):
+        load_model(folder)
+    change_config(folder, auto_map={})
     change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"already quantised \(method 'gptq'\)"):
         load_model(folder)

@@ -17,11 +17,12 @@ def check_declared(config: dict[str, Any], source: str, trust_remote_code: bool)
         method = quantization.get("quant_method", "unknown")
         what = "compressed by subbit" if method == "subbit" else f"quantised (method '{method}')"
         raise ModelError(f"'{source}' is already {what}; give the original model in 16 or 32 bits")
-    own_code = "AutoModelForCausalLM" in config.get("auto_map", {})
+    own_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
     if own_code and not trust_remote_code and config.get("model_type") not in _known_types():
         raise ModelError(
-            f"'{source}' needs model code of its own; read it, and if you trust it pass "
-            "trust_remote_code=True"
+            f"'{source}' needs model code of its own; read it, and if you trust it load the model "
+            "with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) and give that "
+            "to subbit.compress with its tokenizer"
         )
 
 
@@ -44,14 +45,42 @@ def _known_types() -> dict[str, tuple[str, ...]]:
 
 
 def check_complete(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
-    """Refuse a model some of whose weights were not in the checkpoint, hence random."""
+    """Refuse a model that is not what the checkpoint holds.
+
+    Weights that were not in the checkpoint are random; of a part that the model has, such as a
+    linear, none may be left over (a bias for which config.json has no place). What belongs to parts
+    that a causal LM has not, such as another head, is left out, as transformers does.
+    """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     missing = sorted(set(info["missing_keys"]) - set(tied))
     mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
-    for names, fault in ((missing, "lacks"), (mismatched, "has other shapes for")):
+    unused = sorted(key for key in info["unexpected_keys"] if _belongs_to_a_part(key, model))
+    kind = f"weights that a {type(model).__name__}"
+    for names, fault in (
+        (missing, f"lacks {kind} needs"),
+        (mismatched, f"has other shapes for {kind} needs"),
+        (unused, f"has {kind} with its config.json has no place for"),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"the checkpoint '{source}' {fault} weights that a {type(model).__name__} needs: "
-                f"{', '.join(names[:3])}{more}; it is incomplete, or its config.json is not its own"
+                f"the checkpoint '{source}' {fault}: {', '.join(names[:3])}{more}; it is "
+                "incomplete, or its config.json is not its own"
             )
+
+
+def _belongs_to_a_part(key: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor's name is that of a linear, norm or embedding of the model, and one more."""
+    parent, prefix = key.rpartition(".")[0], f"{model.base_model_prefix}."
+    for name in (parent, parent.removeprefix(prefix), prefix + parent):
+        try:
+            part = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if (
+            name
+            and next(part.children(), None) is None
+            and next(part.parameters(), None) is not None
+        ):
+            return True
+    return False
