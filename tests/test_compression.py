@@ -40,6 +40,33 @@ def compress(model, text, recipe="pbs2p-4-8", **kwargs):
     return subbit.compress(model, recipe, text, overrides=overrides, **kwargs)
 
 
+def test_text_of_its_own_is_sampled_under_the_lock_and_kept(tmp_path, monkeypatch):
+    from subbit.text import sample
+
+    kwargs = {"tokenizer": tiny_tokenizer(), "out": tmp_path / "out", "nsamples": 20, "seqlen": 16}
+    whole = compress(tiny_model("llama"), "self", **kwargs | {"out": None})
+    real, batches = sample._continue, []
+
+    def fail(*args):
+        batches.append(args)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(sample, "_continue", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny_model("llama"), "self", **kwargs)
+    monkeypatch.setattr(sample, "_continue", None)
+    with pytest.raises(CheckpointError, match=r"options.tau was 10 and is 3"):
+        compress(tiny_model("llama"), "self", overrides=["tau=3"], **kwargs)
+    monkeypatch.setattr(sample, "_continue", lambda *args: (batches.append(args), real(*args)))
+    resumed = compress(tiny_model("llama"), "self", resume="required", **kwargs)
+    assert len(batches) == 4  # three batches, one of them twice
+    assert resumed.calibration == whole.calibration
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def logits(model):
     ids = torch.arange(3, 23).view(2, 10)
     with torch.no_grad():

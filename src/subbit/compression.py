@@ -46,6 +46,7 @@ from subbit.model import (
     replace_module,
     weight_of,
 )
+from subbit.model.capture import placed
 from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear, dense_cache
 from subbit.recipe import Recipe, load_recipe
@@ -161,12 +162,15 @@ def compress(
     check_finite(loaded.model)
     blocks = find_blocks(loaded.model)
     check_coverage(loaded.model, blocks, recipe.skip)
-    windows = _windows(recipe, loaded, progress)
+    samples = recipe.calibration.source == SELF
+    windows = None if samples else _windows(recipe, loaded)
     with ExitStack() as stack:
         workdir = None
         if out is not None:
             identity = _identity(recipe, loaded, windows, place)
             workdir = stack.enter_context(Workdir.open(Path(out), identity, resume))
+        if samples:  # it takes long, so that what was sampled is kept in the work folder
+            windows = _sampled(recipe, loaded, place, workdir, progress)
         job = _Job(loaded, blocks, windows, recipe, method, place, workdir)
         with Progress(job.steps, enabled=progress) as bar:
             result = job.run(bar)
@@ -217,32 +221,47 @@ def _load(
     return LoadedModel(model.eval(), tokenizer, model.config._name_or_path, "memory")
 
 
-def _windows(recipe: Recipe, loaded: LoadedModel, progress: bool) -> Windows:
+def _windows(recipe: Recipe, loaded: LoadedModel, **sampling: Any) -> Windows:
     spec = recipe.calibration
-    sampling = progress and spec.source == SELF  # anything else is there in a moment
-    with Progress(spec.nsamples * spec.seqlen, enabled=sampling) as bar:
+    return calibration_windows(
+        spec.source,
+        loaded.tokenizer,
+        loaded.model,
+        nsamples=spec.nsamples,
+        seqlen=spec.seqlen,
+        bos=spec.bos,
+        sample=spec.sample,
+        seed=spec.seed,
+        **sampling,
+    )
+
+
+def _sampled(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    device: torch.device,
+    workdir: Workdir | None,
+    progress: bool,
+) -> Windows:
+    """Calibration windows that the model writes itself."""
+    spec = recipe.calibration
+    with Progress(spec.nsamples * spec.seqlen, enabled=progress) as bar:
         bar.phase("sampling calibration text from the model")
-        return calibration_windows(
-            spec.source,
-            loaded.tokenizer,
-            loaded.model,
-            nsamples=spec.nsamples,
-            seqlen=spec.seqlen,
-            bos=spec.bos,
-            sample=spec.sample,
-            seed=spec.seed,
-            advance=bar.advance,
-        )
+        with placed(loaded.model, device):
+            return _windows(recipe, loaded, shelf=workdir, advance=bar.advance)
 
 
 def _identity(
-    recipe: Recipe, loaded: LoadedModel, windows: Windows, device: torch.device
+    recipe: Recipe, loaded: LoadedModel, windows: Windows | None, device: torch.device
 ) -> dict[str, Any]:
-    """Everything that decides the result; a run resumes only where all of it is the same."""
+    """Everything that decides the result; a run resumes only where all of it is the same.
+
+    Text that the model is yet to write (`windows` is None) follows from the rest.
+    """
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": {"source": loaded.source, "sha256": fingerprint(loaded.model)},
-        "calibration": windows.to_dict(),
+        "calibration": SELF if windows is None else windows.to_dict(),
         "dtype": str(loaded.model.dtype),
         "device": device.type,
         "threads": torch.get_num_threads(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subbit.model import BlockCall, Blocks, LoadedModel, first_inputs, run_block
+from subbit.model.capture import placed
 from subbit.recipe import Recipe
 from subbit.run.commits import Workdir
 from subbit.text import continued_windows
@@ -103,9 +104,7 @@ class Lessons:
             left -= tokens * share
             advance(tokens * share)
 
-        home = self.model.device
-        self.model.to(self.device)
-        try:
+        with placed(self.model, self.device):
             written = continued_windows(
                 self.model,
                 self.tokenizer,
@@ -115,7 +114,5 @@ class Lessons:
                 shelf=workdir,
                 advance=count,
             )
-        finally:
-            self.model.to(home)
         advance(left)  # what was given, not written
         return written

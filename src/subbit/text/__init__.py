@@ -5,7 +5,7 @@ from collections.abc import Callable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.errors import RecipeError
-from subbit.text.sample import continued_windows, sample_windows
+from subbit.text.sample import Shelf, continued_windows, sample_windows
 from subbit.text.sources import NAMED_SOURCES, SELF, Text, load_text
 from subbit.text.windows import Windows, check_windows, make_windows
 
@@ -34,6 +34,7 @@ def calibration_windows(
     sample: str = "first",
     seed: int = 0,
     skip_tokens: int = 0,
+    shelf: Shelf | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Windows:
     """Return the calibration windows of `source`; `self` samples them from `model`.
@@ -45,6 +46,7 @@ def calibration_windows(
             vocabulary.
         nsamples, seqlen, bos, sample, seed, skip_tokens: as in `make_windows`. `self` takes
             neither `sample` nor `skip_tokens`, and starts every window with BOS if there is one.
+        shelf: keeps what was sampled, for a call after an interrupted one (`self` only).
         advance: called with the number of tokens sampled so far unreported (`self` only).
 
     Raises:
@@ -74,5 +76,5 @@ def calibration_windows(
             "'skip_tokens' and 'bos' at their defaults"
         )
     return sample_windows(
-        model, tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed, advance=advance
+        model, tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed, shelf=shelf, advance=advance
     )

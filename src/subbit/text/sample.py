@@ -40,6 +40,7 @@ def sample_windows(
     batch_size: int = 8,
     temperature: float = 1.0,
     top_k: int | None = None,
+    shelf: Shelf | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Windows:
     """Sample windows from the model, each from BOS on, past any end-of-text token.
@@ -57,6 +58,8 @@ def sample_windows(
         batch_size: windows sampled at once; it is part of what determines the text.
         temperature: divides the logits; above 0.
         top_k: draw from the k most likely tokens only; None = from all.
+        shelf: keeps every batch once it is sampled; with those that it has from an interrupted call
+            with the same arguments the result is the same.
         advance: called with the number of new tokens after each step.
 
     Raises:
@@ -90,8 +93,11 @@ def sample_windows(
     check_windows(windows, model.config)
     known = _known(tokenizer)
     with evaluating(model):
-        for tokens in windows.tokens.split(batch_size):
-            _continue(model, tokens, known, temperature, top_k, generator, advance)
+        for number, part in enumerate(windows.tokens.split(batch_size)):
+            name = f"sampled-{number}"
+            if not _fetch(shelf, name, part, generator, advance):
+                _continue(model, part, known, temperature, top_k, generator, advance)
+                _store(shelf, name, part, generator)
     return windows
 
 
@@ -141,18 +147,35 @@ def continued_windows(
     with evaluating(model):
         for number, part in enumerate(pieces.split(_PIECES_AT_ONCE)):
             name = f"written-{number}"
-            kept = None if shelf is None else shelf.fetch(name)
-            if kept is not None:
-                part.copy_(torch.tensor(kept["tokens"]))
-                generator.set_state(torch.tensor(kept["generator"], dtype=torch.uint8))
-                if advance is not None:
-                    advance(part[:, given:].numel())
-                continue
-            _continue(model, part, known, 1.0, None, generator, advance, given)
-            if shelf is not None:
-                state = generator.get_state().tolist()
-                shelf.store(name, {"tokens": part.tolist(), "generator": state})
+            if not _fetch(shelf, name, part, generator, advance, given):
+                _continue(model, part, known, 1.0, None, generator, advance, given)
+                _store(shelf, name, part, generator)
     return pieces.view(nsamples, count * length)[:, :seqlen].contiguous()
+
+
+def _fetch(
+    shelf: Shelf | None,
+    name: str,
+    part: Tensor,
+    generator: torch.Generator,
+    advance: Callable[[int], None] | None,
+    given: int = 1,
+) -> bool:
+    """Fill `part` `(batch, seqlen)` with what is kept; False, with nothing changed, if none is."""
+    kept = None if shelf is None else shelf.fetch(name)
+    if kept is None:
+        return False
+    part.copy_(torch.tensor(kept["tokens"]))
+    generator.set_state(torch.tensor(kept["generator"], dtype=torch.uint8))
+    if advance is not None:
+        advance(part[:, given:].numel())
+    return True
+
+
+def _store(shelf: Shelf | None, name: str, part: Tensor, generator: torch.Generator) -> None:
+    if shelf is not None:
+        state = generator.get_state().tolist()
+        shelf.store(name, {"tokens": part.tolist(), "generator": state})
 
 
 def _known(tokenizer: PreTrainedTokenizerBase) -> int:
