@@ -40,6 +40,16 @@ def compress(model, text, recipe="pbs2p-4-8", **kwargs):
     return subbit.compress(model, recipe, text, overrides=overrides, **kwargs)
 
 
+def test_a_generation_config_that_cannot_be_saved_is_mended(text, tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.temperature = 0.5  # without do_sample
+    done = compress(model, text, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.5 and saved["do_sample"] is True
+    with pytest.raises(ModelError, match="already compressed"):
+        compress(done.model, text, tokenizer=tiny_tokenizer())
+
+
 def test_text_of_its_own_is_sampled_under_the_lock_and_kept(tmp_path, monkeypatch):
     from subbit.text import sample
 

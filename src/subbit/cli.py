@@ -429,20 +429,17 @@ def study(
 
 
 def _load(source: str, dtype: str, device: str, keep_dense: bool = False) -> tuple[Any, Any]:
-    """Return model and tokenizer of a packed folder or of any model that `compress` takes."""
+    """Return model and tokenizer of a packed model or of any that `compress` takes."""
+    from subbit.hub.fetch import is_packed_on_hub
     from subbit.hub.inspect import is_packed
 
-    if is_packed(source):
+    if is_packed(source) or is_packed_on_hub(source):
         from subbit.hub.load import load, load_tokenizer
 
         model = load(source, dtype=dtype, device=device, keep_dense=keep_dense)
         return model, load_tokenizer(source)
     from subbit.model.load import load_model
 
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(source, dtype=dtype, device=device)
     return loaded.model, loaded.tokenizer
 

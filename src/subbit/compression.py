@@ -22,7 +22,7 @@ from subbit.binarize import descent
 from subbit.calibration import Calibrator, Statistics
 from subbit.coarse import CoarseStage, Kept
 from subbit.committed import commit_of, restore_block
-from subbit.errors import RecipeError
+from subbit.errors import ModelError, RecipeError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.save import save_packed
 from subbit.lessons import Lessons
@@ -48,7 +48,8 @@ from subbit.model import (
 )
 from subbit.model.capture import placed
 from subbit.packed.layout import FORMAT_VERSION
-from subbit.packed.linear import PackedLinear, dense_cache
+from subbit.packed.linear import PackedLinear, dense_cache, packed_modules
+from subbit.places import parse_device, parse_dtype
 from subbit.recipe import Recipe, load_recipe
 from subbit.refit import JUDGED, Refit, refit_block, refit_model
 from subbit.run.commits import Workdir, check_output
@@ -155,10 +156,12 @@ def compress(
         method.check_outputs()
     if out is not None:
         check_output(Path(out), resume)
-    place = _device(device)
+    place, wanted = parse_device(device), parse_dtype(dtype)
     if progress and not isinstance(model, nn.Module):
         print(f"loading {model}", file=sys.stderr, flush=True)
-    loaded = _load(model, tokenizer, dtype)
+    loaded = _load(model, tokenizer, wanted)
+    if packed_modules(loaded.model):
+        raise ModelError("the model is already compressed by subbit; give the original one")
     check_finite(loaded.model)
     blocks = find_blocks(loaded.model)
     check_coverage(loaded.model, blocks, recipe.skip)
@@ -196,20 +199,10 @@ def _settle(
     return recipe.override(named)
 
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise RecipeError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device '{device}' is not available on this machine; use --device cpu")
-    return place
-
-
 def _load(
-    model: "str | Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", dtype: str
+    model: "str | Path | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    dtype: torch.dtype | str,
 ) -> LoadedModel:
     if not isinstance(model, nn.Module):
         loaded = load_model(model, dtype=dtype)
@@ -217,7 +210,7 @@ def _load(
     if tokenizer is None:
         raise RecipeError("compress() was given a loaded model without tokenizer; pass tokenizer=")
     if dtype != "auto":
-        model.to(getattr(torch, dtype))
+        model.to(dtype)
     return LoadedModel(model.eval(), tokenizer, model.config._name_or_path, "memory")
 
 
@@ -460,7 +453,7 @@ class _Job:
         lines = [
             line
             for i in range(min(self.workdir.committed, len(self.blocks.modules)))
-            for line in self.workdir.load(i)[1]["log"]
+            for line in self.workdir.meta(i)["log"]
         ]
         return LinearLog(self.workdir.path / "log.jsonl", lines)
 
@@ -612,7 +605,7 @@ class _Job:
         self.workdir.store("refit", self.result.log[-1])
         count = len(self.blocks.modules)
         for i in range(self.workdir.committed - count, count):
-            lines = self.workdir.load(i)[1]["log"]
+            lines = self.workdir.meta(i)["log"]
             commit = commit_of(self.blocks.modules[i], self.names[i], lines, True)
             self.workdir.commit(count + i, *commit)
 

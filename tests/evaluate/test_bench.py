@@ -1,6 +1,8 @@
 """The benchmark on tiny models: what is counted and compared; no time is asserted."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -86,6 +88,33 @@ def test_greedy_is_what_generate_says(folder):
     tokens = torch.arange(5, 12)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert speed.greedy(model, tokens, 8) == model.generate(tokens, **options)[0, 7:].tolist()
+
+
+def test_one_model_is_in_memory_at_a_time(folder, monkeypatch):
+    from subbit.evaluate import bench as module
+
+    alive = []
+
+    def watched(make):
+        def made(*args, **kwargs):
+            gc.collect()
+            assert [model for model in alive if model() is not None] == []
+            model = make(*args, **kwargs)
+            alive.append(weakref.ref(model))
+            return model
+
+        return made
+
+    monkeypatch.setattr(module, "load", watched(module.load))
+    monkeypatch.setattr(module, "_compared", lambda folder: {})
+    module.bench(folder, threads=1, **SHORT)
+    assert len(alive) == 4
+
+
+def test_no_more_tokens_than_the_context_holds(folder):
+    options = SHORT | {"prompt": 1000, "new_tokens": 1000, "repeats": 1}
+    found = bench(folder, threads=1, **options)["models"][0]
+    assert found["prompt"]["tokens"] == 256 and found["decode"]["tokens"] == 256 - speed.FIRST
 
 
 def test_rates():

@@ -56,9 +56,12 @@ def test_the_models_own_defaults_do_not_interfere(tokenizer):
     model.generation_config.update(
         do_sample=True, temperature=5.0, repetition_penalty=3.0, top_k=3, eos_token_id=999
     )
+    model.generation_config.update(no_repeat_ngram_size=1, min_new_tokens=3, min_p=0.9)
+    defaults = model.generation_config
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert generate(model, tokenizer, "on a ring", max_new_tokens=8) == expected
+    assert model.generation_config is defaults
 
 
 def test_sampling_is_seeded_and_leaves_the_global_rng(model, tokenizer):

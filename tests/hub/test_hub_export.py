@@ -100,7 +100,7 @@ def test_a_model_saved_again_by_transformers(tmp_path):
 
 def test_failures_leave_nothing(folders, copy_of, tmp_path):
     folder = copy_of(folders("llama"))
-    with pytest.raises(RecipeError, match="dtype is 'int8'"):
+    with pytest.raises(RecipeError, match="unknown dtype 'int8'"):
         export_dense(folder, tmp_path / "dense", dtype="int8")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()

@@ -1,8 +1,12 @@
 """Studies on a tiny random model: what is measured, what is not measured again, what fails."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from subbit.errors import StudyError
 from subbit.recipe import load_recipe
@@ -60,6 +64,47 @@ def test_what_differs_is_another_cell(tmp_path, model, what):
     said = []
     run_study("two", study_of(Cell("good", "rtn-2")), model, tmp_path, [], said.append)
     assert said[0] == "good: rtn-2 " and (tmp_path / "two" / "good.json").exists()
+
+
+def test_other_weights_of_the_same_name_are_another_model(tmp_path, model):
+    run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    other = tmp_path / "elsewhere" / Path(model).name
+    shutil.copytree(model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    said = []
+    run_study("one", study_of(GOOD), str(other), tmp_path, [], said.append)
+    assert said[0] == "good: rtn-2 "
+
+
+def test_a_cell_cut_off_under_other_settings_starts_over(tmp_path, model, monkeypatch):
+    def cut_off(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subbit.compression.Workdir.publish", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    monkeypatch.undo()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    said = []
+    try:
+        result = run_study("one", study_of(GOOD), model, tmp_path, [], said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert not result.failures
+    assert any("starting over" in line and "threads was" in line for line in said)
+
+
+def test_a_figure_that_cannot_be_drawn_loses_no_table(tmp_path, model, monkeypatch):
+    def missing(*args):
+        raise StudyError("the figure needs matplotlib")
+
+    monkeypatch.setattr(run_module, "draw", missing)
+    result = run_study("one", study_of(GOOD, figure=True), model, tmp_path, [], lambda _: None)
+    assert "| good |" in result.table and (tmp_path / "one" / "table.md").is_file()
+    assert result.failures == {"figure": "the figure needs matplotlib"}
 
 
 def test_the_same_recipe_said_otherwise_is_the_same_cell(tmp_path, model):
@@ -133,6 +178,11 @@ def test_a_perplexity_above_the_vocabulary_is_shown_as_such():
     table = markdown("t", [record("a", 20.5, 321.0)])
     assert "| 20.50 ± 0.50 | 321.00 † |" in table and "Above 320, the size" in table
     assert "†" not in markdown("t", [record("a", 20.5, 320.0)])
+
+
+def test_an_infinite_perplexity_is_no_error():
+    table = markdown("t", [record("a", None, 30.0), record("b", 20.0, 30.0)])
+    assert "| inf † | 30.00 |" in table
 
 
 def test_published_figures_stand_beside_ours():

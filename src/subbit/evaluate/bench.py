@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def bench(
         folder: the packed folder.
         original: the model it was made from; None = its own weights, decoded to a dense model.
         prompt: tokens of the prompt that is timed; fewer if the context is shorter.
-        new_tokens: tokens of greedy decoding that are timed.
+        new_tokens: tokens of greedy decoding that are timed; likewise.
         repeats: of both.
         threads: of torch and the kernels; None = as torch has it.
         say: told what is measured next.
@@ -93,8 +94,9 @@ def bench(
         found["read_bandwidth"] = speed.read_bandwidth()
         linears: dict[str, dict[tuple[int, int], float]] = {}
         packed_bytes: dict[tuple[int, int], int] = {}
-        for kind, dtype, model in _contenders(folder, original):
+        for kind, dtype, make in _contenders(folder, original):
             say(f"{kind} {dtype}")
+            model = make()
             found["models"].append(
                 {"model": kind, "dtype": dtype, "backend": _backend(model)}
                 | _rates(model, prompt, new_tokens, repeats)
@@ -105,6 +107,8 @@ def bench(
                     shape: speed.read_bytes(model.get_submodule(group[0]))
                     for shape, group in names.items()
                 }
+            del model  # before the next one is made
+            gc.collect()
         found["linears"] = [
             {
                 "shape": list(shape),
@@ -156,17 +160,15 @@ def _names_by_shape(folder: str | Path) -> dict[tuple[int, int], list[str]]:
 
 def _contenders(
     folder: str | Path, original: str | None
-) -> Iterator[tuple[str, str, PreTrainedModel]]:
-    """Kind, dtype and model of each contender; the caller lets go of one before the next."""
+) -> Iterator[tuple[str, str, Callable[[], PreTrainedModel]]]:
+    """Kind, dtype and maker of each contender."""
     for dtype in _DTYPES:
-        yield "packed", dtype, load(folder, dtype=dtype, device="cpu", keep_dense=True)
-        gc.collect()
+        yield "packed", dtype, partial(load, folder, dtype=dtype, device="cpu", keep_dense=True)
     for dtype in _DTYPES:
         if original is None:
-            yield "decoded", dtype, _decoded(folder, dtype)
+            yield "decoded", dtype, partial(_decoded, folder, dtype)
         else:
-            yield "original", dtype, load_model(original, dtype=dtype).model
-        gc.collect()
+            yield "original", dtype, lambda dtype=dtype: load_model(original, dtype=dtype).model
 
 
 def _decoded(folder: str | Path, dtype: str) -> PreTrainedModel:
@@ -186,6 +188,7 @@ def _backend(model: nn.Module) -> str:
 def _rates(model: PreTrainedModel, prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompt = min(prompt, context or prompt)
+    new_tokens = min(new_tokens, max(1, (context or new_tokens + speed.FIRST) - speed.FIRST))
     decode = speed.decoding(model, new_tokens, repeats)
     nbytes = speed.token_bytes(model)
     return {

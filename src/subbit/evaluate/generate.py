@@ -61,7 +61,7 @@ def generate(
     config = _generation_config(model, tokenizer, min(max_new_tokens, room), temperature, top_p)
     tokens = tokens.to(model.device)
     streamer = None if stream is None else _Pieces(tokenizer, stream)
-    with evaluating(model), _seeded(seed if temperature > 0 else None):
+    with evaluating(model), _without_defaults(model), _seeded(seed if temperature > 0 else None):
         output = model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
@@ -121,7 +121,7 @@ def _generation_config(
     temperature: float,
     top_p: float,
 ) -> GenerationConfig:
-    """Say everything explicitly: a model's own defaults may sample, or penalise repetition."""
+    """All that is asked for; what is not named here is off (see `_without_defaults`)."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = tokenizer.eos_token_id if eos is None else eos
     pad = tokenizer.pad_token_id
@@ -131,12 +131,23 @@ def _generation_config(
     return GenerationConfig(
         do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        num_beams=1,
         eos_token_id=eos,
         pad_token_id=pad,
         **sampling,
     )
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's own defaults, which may sample, penalise repetition, or ban tokens.
+
+    `model.generate` fills what a generation config leaves open from those.
+    """
+    defaults, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
 
 
 @contextmanager

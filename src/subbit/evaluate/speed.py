@@ -15,6 +15,7 @@ from subbit.packed.kernels import native
 from subbit.packed.linear import packed_modules
 
 __all__ = [
+    "FIRST",
     "Rate",
     "decoding",
     "greedy",
@@ -26,7 +27,7 @@ __all__ = [
     "token_bytes",
 ]
 
-_FIRST = 16  # tokens of the prompt that decoding starts from
+FIRST = 16  # tokens of the prompt that decoding starts from
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def prompts(model: PreTrainedModel, count: int, repeats: int, seed: int = 0) -> 
 @torch.inference_mode()
 def decoding(model: PreTrainedModel, count: int, repeats: int, seed: int = 0) -> Rate:
     """Time `count` tokens of greedy decoding, one at a time, after a prompt of 16 tokens."""
-    tokens = _random_tokens(model, _FIRST, seed)
+    tokens = _random_tokens(model, FIRST, seed)
     seconds = []
     for _ in range(repeats):
         steps = _greedy_steps(model, tokens)

@@ -42,7 +42,8 @@ _LIMITS = """
   the size of a file.
 - It was compressed without training and not evaluated for safety. The licence, the intended uses
   and the biases of the base model apply.
-- An edited or damaged file is refused by `subbit.load`, this page included.
+- A damaged or edited file of the model is refused by `subbit.load`. This page and the log of the
+  compression may be edited.
 """
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from subbit.errors import FormatError, ModelError, RecipeError
+from subbit.errors import FormatError, ModelError
 from subbit.hub.atomic import save_atomically
 from subbit.hub.config import SubbitConfig
 from subbit.hub.fetch import local_folder
@@ -23,6 +23,7 @@ from subbit.hub.inspect import read_config
 from subbit.hub.manifest import MANIFEST, has_manifest, verify_manifest
 from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.pack import AnyLayout, decode_dense
+from subbit.places import parse_dtype
 from subbit.quiet import quiet_transformers
 
 __all__ = ["DenseTensors", "checked_folder", "export_dense"]
@@ -155,9 +156,9 @@ def export_dense(
         FormatError: a damaged file; the message names it or the linear.
         OutputError: `out` exists or cannot be written.
     """
-    wanted = _dtype(dtype)
+    wanted = parse_dtype(dtype)
     folder = checked_folder(path)
-    tensors = DenseTensors(folder, wanted)
+    tensors = DenseTensors(folder, None if wanted == "auto" else wanted)
     plan = split_torch_state_dict_into_shards(tensors.meta, max_shard_size=max_shard_size)
 
     def build(work: Path) -> None:
@@ -176,14 +177,6 @@ def export_dense(
             shutil.copyfile(file, work / file.name)
 
     return save_atomically(out, build)
-
-
-def _dtype(dtype: str) -> torch.dtype | None:
-    if dtype == "auto":
-        return None
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise RecipeError(f"dtype is '{dtype}'; use auto, float32, bfloat16 or float16")
-    return getattr(torch, dtype)
 
 
 def _stored_tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -11,10 +11,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from subbit.errors import ModelError
+from subbit.errors import FormatError, ModelError
 from subbit.hub.inspect import read_config
 
-__all__ = ["local_folder"]
+__all__ = ["is_packed_on_hub", "local_folder"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -44,6 +44,22 @@ def local_folder(path: str | Path) -> Path:
         raise ModelError(f"'{path}' is neither a folder here nor a model on the hub.") from error
     except OSError as error:  # no network, in all its forms, offline mode included
         raise _unreachable(path) from error
+
+
+def is_packed_on_hub(hub_id: str) -> bool:
+    """Whether a hub id is that of a packed model; only its config.json is fetched.
+
+    False also where there is no such model or no network: whoever loads it says so.
+    """
+    if Path(hub_id).exists() or not _HUB_ID.fullmatch(hub_id):
+        return False
+    try:
+        read_config(Path(hf_hub_download(hub_id, "config.json")).parent)
+    except FormatError:  # a packed model all the same; loading it says what is wrong
+        return True
+    except (ModelError, HFValidationError, OSError):
+        return False
+    return True
 
 
 def _unreachable(path: str | Path) -> ModelError:

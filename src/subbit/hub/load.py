@@ -22,6 +22,7 @@ from subbit.hub.manifest import MANIFEST, has_manifest, verify_manifest
 from subbit.hub.quantizer import register
 from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import packed_modules
+from subbit.places import parse_device, parse_dtype
 from subbit.quiet import quiet_transformers
 
 __all__ = ["is_packed", "load", "load_tokenizer"]
@@ -48,12 +49,14 @@ def load(
         planes: 2 or 1: see `backend.set_backend`.
 
     Raises:
-        RecipeError: a backend that is unknown or does not suit this model.
+        RecipeError: a dtype, device or backend that is unknown, not there, or does not suit this
+            model.
         ModelError: `path` is no packed model, cannot be fetched, or does not fit its config.
         FormatError: a file is damaged, truncated, missing, or of a newer format; the message names
             the file.
     """
     register()
+    wanted, place = parse_dtype(dtype), parse_device(device)
     folder = local_folder(path)
     checked = has_manifest(folder)
     if checked:
@@ -66,7 +69,7 @@ def load(
             stacklevel=2,
         )
         read_folder_headers(folder)
-    model = _build(folder, _dtype(dtype), _device(device))
+    model = _build(folder, wanted, place)
     if not checked:
         _check_contents(model)
     for module in packed_modules(model).values():
@@ -90,24 +93,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"'{folder}' holds no tokenizer; copy the base model's tokenizer files there or load "
             "the tokenizer from the base model."
         ) from error
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16.")
-    return found
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"device '{device}' is unknown; use auto, cpu or cuda.") from error
 
 
 def _build(folder: Path, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:

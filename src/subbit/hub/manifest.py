@@ -1,4 +1,6 @@
-"""`subbit.json`: size and SHA-256 of every file of a packed folder but the card, and of itself.
+"""`subbit.json`: size and SHA-256 of every file of a packed folder, and of itself.
+
+Not of the card, nor of the log of the compression, whose times make it another one every time.
 
 A folder is believed only after every byte of it has been read and compared; a flipped bit in a
 config, a tokenizer or a shard stops the load before anything is built from it.

@@ -1,13 +1,15 @@
 """Write a packed model into a folder: the same model gives the same bytes, every time."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
 import transformers
 import yaml
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.errors import ModelError
 from subbit.hub.card import model_card
@@ -79,7 +81,7 @@ def save_packed(
     )
     attach(model, config)
     # the file's names are the modules' names, also where transformers has older ones for them
-    with quiet_transformers():
+    with quiet_transformers(), _valid_generation_config(model):
         model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
     for shard in out.glob("*.safetensors"):  # written private, unlike everything else
         shard.chmod((out / "config.json").stat().st_mode)
@@ -93,6 +95,31 @@ def save_packed(
     card = model_card(facts, remote_code=remote_code)
     (out / "README.md").write_text(card, encoding="utf-8")
     write_manifest(out, config.format_version)
+
+
+@contextmanager
+def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Mend what transformers loads but refuses to save, such as a temperature without sampling."""
+    before = model.generation_config
+    try:
+        if before is not None and not _is_valid(before):
+            model.generation_config = GenerationConfig(
+                **before.to_diff_dict() | {"do_sample": True}
+            )
+        if before is not None and not _is_valid(model.generation_config):
+            ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+            model.generation_config = GenerationConfig(**{key: getattr(before, key) for key in ids})
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _public_name(base_model: str | None) -> str | None:

@@ -18,14 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from subbit.errors import ModelError, RecipeError, nearest
+from subbit.errors import ModelError
 from subbit.model.checks import check_complete, check_declared, check_kind
 from subbit.model.files import check_weights, fetch, looks_like_hub_id, read_json
+from subbit.places import parse_device, parse_dtype
 from subbit.quiet import quiet_transformers
 
 __all__ = ["LoadedModel", "load_model"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GGUF_DTYPE = torch.bfloat16
 # weights of the wrong shape are reported, not raised: `check_complete` names them
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -62,34 +62,34 @@ def load_model(
         source: a hub id, a local model folder, or a `.gguf` file.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own dtype;
             bfloat16 for GGUF, whose values were quantised far more coarsely than that.
-        device: where the model goes; None = CPU.
+        device: where the model goes: "auto", "cpu", "cuda", "cuda:1"...; None = CPU.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         ModelError: the model is absent, damaged, incomplete, already quantised, no causal LM, or
             the hub cannot be reached.
-        RecipeError: an unknown dtype.
+        RecipeError: an unknown dtype, or a device that is unknown or not there.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise RecipeError(f"unknown dtype '{dtype}'{nearest(dtype, ['auto', *_DTYPES])}")
+    wanted = parse_dtype(dtype)
+    place = None if device is None else parse_device(device)
     name = str(source)
     path = Path(source).expanduser()
     if path.is_file():
-        loaded = _load_gguf(path, name, _DTYPES.get(dtype, _GGUF_DTYPE))
+        loaded = _load_gguf(path, name, _GGUF_DTYPE if wanted == "auto" else wanted)
     elif path.is_dir():
-        loaded = _load_folder(path, name, "local", _DTYPES.get(dtype, "auto"), trust_remote_code)
+        loaded = _load_folder(path, name, "local", wanted, trust_remote_code)
     elif isinstance(source, str) and looks_like_hub_id(source):
         folder = fetch(source, revision)
-        loaded = _load_folder(folder, name, "hub", _DTYPES.get(dtype, "auto"), trust_remote_code)
+        loaded = _load_folder(folder, name, "hub", wanted, trust_remote_code)
     else:
         raise ModelError(
             f"'{name}' does not exist; give a model folder, a .gguf file, or a hub id "
             "such as owner/name"
         )
     loaded.model.eval().requires_grad_(False)
-    if device is not None:
-        loaded.model.to(device)
+    if place is not None:
+        loaded.model.to(place)
     return loaded
 
 

@@ -134,16 +134,25 @@ class Workdir:
         Raises:
             CheckpointError: the block is not committed, or was damaged since this run began.
         """
-        file, note = self._files(index)
-        record = read_json(note) if 0 <= index < self.committed else None
-        if record is None:
-            raise CheckpointError(f"block {index} is not among the committed blocks of {self.path}")
+        file, _ = self._files(index)
+        meta = self.meta(index)
         try:
-            return load_file(file), record["meta"]
+            return load_file(file), meta
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the committed block {file} cannot be read ({error}); run again to redo it"
             ) from error
+
+    def meta(self, index: int) -> dict[str, Any]:
+        """Return the meta of a committed block alone.
+
+        Raises:
+            CheckpointError: the block is not committed.
+        """
+        record = read_json(self._files(index)[1]) if 0 <= index < self.committed else None
+        if record is None:
+            raise CheckpointError(f"block {index} is not among the committed blocks of {self.path}")
+        return record["meta"]
 
     def store(self, name: str, value: Any) -> None:
         """Keep a small JSON-able value under `name`.

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from subbit.errors import OutputError
+
 __all__ = ["LOG_FIELDS", "LinearLog"]
 
 LOG_FIELDS: dict[str, str] = {
@@ -42,10 +44,20 @@ class LinearLog:
             self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line and flush it."""
+        """Append one line and flush it.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         text = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
-        self._file.write(text + "\n")
-        self._file.flush()
+        try:
+            self._file.write(text + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self._file.name}: {error.strerror or error}; make room and run the "
+                "same command again to go on"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

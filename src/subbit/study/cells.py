@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 
 from subbit.compression import compress
+from subbit.errors import CheckpointError
 from subbit.evaluate.perplexity import perplexity
 from subbit.hub.inspect import inspect_folder, read_config
 from subbit.hub.load import load, load_tokenizer
 from subbit.model.load import load_model
 from subbit.recipe import Recipe, load_recipe
+from subbit.run.atomic import file_sha256
 from subbit.text import load_text, make_windows
 
 __all__ = ["Cell", "Protocol", "run_cell"]
@@ -69,7 +73,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the cell's record, from `folder` or a folder beside it where it is there already.
 
-    A cell is the same under any name in any study: same model name, whole recipe and protocol.
+    A cell is the same under any name in any study: same model name, same weights where both are
+    local files, whole recipe and protocol.
     The packed model is written to disk, inspected, loaded from there, measured, and removed; an
     interrupted compression resumes.
 
@@ -84,6 +89,7 @@ def run_cell(
     recipe = _recipe(cell, protocol)
     settings = {
         "model": Path(model).name,
+        "weights_sha256": _weights_digest(model),
         "cell": asdict(cell),
         "protocol": asdict(protocol),
         "recipe_sha256": _digest(recipe),
@@ -101,7 +107,7 @@ def run_cell(
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
         packed = folder / f"{cell.name}.model"
-        _compress(recipe, model, packed, dtype)
+        _compress(recipe, model, packed, dtype, say)
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
@@ -112,7 +118,8 @@ def run_cell(
         begun = time.monotonic()
         record[name] = _measure(name, network, tokenizer, protocol)
         record[name]["seconds"] = round(time.monotonic() - begun, 1)
-        say(f"{cell.name}: {name} {record[name]['perplexity']:.2f}")
+        value = record[name]["perplexity"]
+        say(f"{cell.name}: {name} {math.inf if value is None else value:.2f}")
     record_path.with_suffix(".tmp").write_text(json.dumps(record, indent=1) + "\n")
     os.replace(record_path.with_suffix(".tmp"), record_path)
     if cell.recipe is not None:
@@ -132,6 +139,16 @@ def _recipe(cell: Cell, protocol: Protocol) -> Recipe | None:
     return load_recipe(cell.recipe).override([*calibration, *cell.overrides])
 
 
+@cache
+def _weights_digest(model: str) -> str | None:
+    """Of the weight files of a folder, or of a file; None for a hub id, which says it all."""
+    path = Path(model)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return None
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
 def _digest(recipe: Recipe | None) -> str | None:
     """Of what a recipe says beside the defaults, so that a new setting makes no record old."""
     if recipe is None:
@@ -142,13 +159,19 @@ def _digest(recipe: Recipe | None) -> str | None:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _compress(recipe: Recipe, model: str, packed: Path, dtype: str) -> None:
+def _compress(
+    recipe: Recipe, model: str, packed: Path, dtype: str, say: Callable[[str], None]
+) -> None:
     """Make the packed folder, unless one of this very recipe was left there by a cut-off cell."""
     if packed.exists():
         if read_config(packed).recipe == recipe.model_dump(mode="json"):
             return
         shutil.rmtree(packed)
-    compress(model, recipe, out=packed, dtype=dtype)
+    try:
+        compress(model, recipe, out=packed, dtype=dtype)
+    except CheckpointError as error:  # cut off with other versions or threads
+        say(f"starting over: {error}")
+        compress(model, recipe, out=packed, dtype=dtype, resume="never")
 
 
 def _load(packed: Path, dtype: str) -> torch.nn.Module:
@@ -173,6 +196,9 @@ def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, A
 def _same(record: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a record is of the cell with these settings, whatever the two are called."""
     if any(record[key] != settings[key] for key in ("model", "protocol")):
+        return False
+    weights = {found.get("weights_sha256") for found in (record, settings)} - {None}
+    if len(weights) == 2:  # an old record says nothing of them
         return False
     if "recipe_sha256" in record:
         return record["recipe_sha256"] == settings["recipe_sha256"]

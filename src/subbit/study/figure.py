@@ -62,6 +62,7 @@ def draw(title: str, records: list[dict[str, Any]], path: Path) -> None:
         ) from None
     originals = [r["wikitext2"]["perplexity"] for r in records if "total" not in r]
     points = [_point(record) for record in records if "total" in record]
+    points = [point for point in points if point.perplexity is not None]  # infinite
     near = [p for p in points if originals and p.perplexity <= _NEAR * min(originals)]
     panels = [points, near] if 0 < len(near) < len(points) else [points]
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")

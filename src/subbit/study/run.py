@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subbit.errors import RecipeError, StudyError, SubbitError, nearest
+from subbit.run.atomic import write_atomic
 from subbit.study.cells import run_cell
 from subbit.study.figure import draw
 from subbit.study.studies import Study
@@ -79,9 +80,13 @@ def run_study(
     table = markdown(study.title, records, study.beside_published) if records else ""
     if table and not only:
         folder.mkdir(parents=True, exist_ok=True)  # every cell may be another study's
-        (folder / "table.md").write_text(table, encoding="utf-8")
+        write_atomic(folder / "table.md", lambda path: path.write_text(table, "utf-8") and None)
         if study.figure:
-            draw(study.title, records, folder / "figure.png")
+            try:
+                figure = folder / "figure.png"
+                write_atomic(figure, lambda path: draw(study.title, records, path))
+            except StudyError as error:
+                failures["figure"] = _reason(error)
     return StudyResult(table, failures)
 
 

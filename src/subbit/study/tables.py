@@ -90,7 +90,9 @@ def _published(name: str, vocabulary: int | None) -> tuple[str, ...]:
     return (*perplexities, "" if loss is None else f"{loss:.4f}")
 
 
-def _perplexity(value: float, vocabulary: int | None, error: float | None = None) -> str:
+def _perplexity(value: float | None, vocabulary: int | None, error: float | None = None) -> str:
+    if value is None:  # JSON has no infinity
+        return f"inf {_MARK}"
     spread = "" if error is None else f" ± {error:.2f}"
     above = vocabulary is not None and value > vocabulary
     return f"{value:.2f}{spread}{' ' + _MARK if above else ''}"
