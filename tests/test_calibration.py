@@ -1,6 +1,8 @@
 """Sequential and asymmetric calibration: what is seen, what the targets become."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -195,6 +197,26 @@ def test_a_linear_that_never_runs_is_named():
     linears["spare"] = torch.nn.Linear(4, 4)
     with pytest.raises(ModelError, match="never ran on the calibration text"):
         calibrator.passes(linears)
+
+
+def test_the_inputs_of_one_window_are_held_at_a_time(monkeypatch):
+    from subbit import calibration
+
+    seen, real = [], calibration.look_at_windows
+
+    def watched(*args, **kwargs):
+        for look in real(*args, **kwargs):
+            seen.append(weakref.ref(look))
+            yield look
+            gc.collect()
+            assert sum(held() is not None for held in seen) <= 4
+
+    monkeypatch.setattr(calibration, "look_at_windows", watched)
+    calibrator, linears = prepared(
+        "llama", "asymmetry.strength=1", "asymmetry.linears=all", "calibration.sequential=true"
+    )
+    list(calibrator.rounds(0, linears))
+    assert len(seen) == 8 * NSAMPLES == calibrator.passes(linears) * NSAMPLES
 
 
 def test_targets_of_nothing_are_the_weights():

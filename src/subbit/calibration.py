@@ -7,7 +7,9 @@ target moves towards the original's outputs; with `calibration.tokens` and `firs
 count more than others. `refit` needs to know what the original block puts out.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from subbit.model import (
     run_block,
     wiring,
 )
-from subbit.model.pairs import Wiring
+from subbit.model.pairs import Look, Wiring
 from subbit.recipe import Recipe
 
 __all__ = ["Calibrator", "Statistics"]
@@ -70,7 +72,8 @@ class Calibrator:
         """How often a block is run on every window to calibrate it, judged by the first."""
         groups = len(self._wiring(0, linears).groups) if self.sequential else 1
         alone = self.refit is not None and self.refit.towards == "block"
-        return groups + (self.originals is not None) + alone
+        beside = groups if self.asymmetry.strength else 1
+        return groups + beside * (self.originals is not None) + alone
 
     def rounds(
         self, i: int, linears: dict[str, nn.Module], advance: Advance = None
@@ -98,11 +101,12 @@ class Calibrator:
             )
             return
         found = self._wiring(i, linears)
-        pairs = self._pairs(found)
-        originals = self._look_at_originals(i, pairs, found, advance)
-        groups = found.groups
-        for names in groups if self.sequential else [sum(groups, ())]:
-            yield self._look(i, names, found, originals, advance)
+        groups = (list(found.groups) if self.sequential else [sum(found.groups, ())]) or [()]
+        original = None if self.originals is None else copy.deepcopy(self.blocks.modules[i])
+        for number, names in enumerate(groups, 1):
+            last = number == len(groups)
+            looks = self._look_at_originals(i, original, names, found, last, advance)
+            yield self._look(i, names, found, looks, advance)
 
     def target(self, W: Tensor, statistics: GramAccumulator) -> Tensor:
         """What to compress a weight `(rows, cols)` float32 towards."""
@@ -153,11 +157,11 @@ class Calibrator:
                 f"{'asymmetry.linears=all' if moves else 'calibration.tokens=equal'}"
             )
 
-    def _pairs(self, found: Wiring) -> tuple[str, ...]:
-        """The linears whose targets move; of each input the first linear stands for all."""
+    def _pairs(self, names: tuple[str, ...], found: Wiring) -> tuple[str, ...]:
+        """Of some linears those whose targets move; of each input the first stands for all."""
         if not self.asymmetry.strength:
             return ()
-        leaders = tuple(group[0] for group in found.groups)
+        leaders = tuple(group[0] for group in found.groups if group[0] in names)
         if self.asymmetry.linears == "all":
             return leaders
         return tuple(name for name in leaders if name in found.writers)
@@ -165,44 +169,49 @@ class Calibrator:
     def _look_at_originals(
         self,
         i: int,
-        pairs: tuple[str, ...],
+        original: nn.Module | None,
+        names: tuple[str, ...],
         found: Wiring,
+        last: bool,
         advance: Advance,
-    ) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
-        """Inputs, and hidden states that a writer adds to, window by window; runs the block."""
-        kept: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in pairs}
-        if self.originals is None:
-            return kept
+    ) -> Iterator[Look | None]:
+        """What some linears see in the original model, window by window.
+
+        Nothing is kept for all windows at once: the original block is run anew for every round, in
+        the last one to its end, and then its hidden states take the place of those that enter it.
+        """
+        pairs = self._pairs(names, found)
+        if original is None or not (pairs or last):
+            yield from repeat(None, len(self.hidden))
+            return
         looks = look_at_windows(
-            self.blocks.modules[i],
+            original,
             self.originals,
             self.calls[i],
             pairs,
             found.writers,
-            whole=True,
+            whole=last,
             device=self.device,
             advance=advance,
         )
         for n, look in enumerate(looks):
-            for name in pairs:
-                before = look.before.get(name) if self.asymmetry.residual else None
-                before = before if before is None else before.cpu()
-                kept[name].append((look.inputs[name].cpu(), before))
-            self.originals[n] = look.out[0]
-        return kept
+            if last:
+                self.originals[n] = look.out[0]
+            yield look
 
     def _look(
         self,
         i: int,
         names: tuple[str, ...],
         found: Wiring,
-        originals: dict[str, list[tuple[Tensor, Tensor | None]]],
+        originals: Iterator[Look | None],
         advance: Advance,
     ) -> Statistics:
         """Statistics of some linears on the compressed model's hidden states."""
         groups = [group for group in found.groups if group[0] in names]
         leaders = [group[0] for group in groups]
         matters = {group[0]: self._matters(i, group) for group in groups}
+        pairs = () if self.originals is None else self._pairs(names, found)
         statistics: Statistics = {}
         looks = look_at_windows(
             self.blocks.modules[i],
@@ -213,21 +222,26 @@ class Calibrator:
             device=self.device,
             advance=advance,
         )
-        for n, look in enumerate(looks):
+        for n, (look, original) in enumerate(zip(looks, originals, strict=True)):
             for name in leaders:
                 x = look.inputs[name]
                 if name not in statistics:
-                    make = PairAccumulator if name in originals else GramAccumulator
+                    make = PairAccumulator if name in pairs else GramAccumulator
                     statistics[name] = make(x.shape[-1], self.device)
-                stream = look.before.get(name)
-                weight = self._weight(x, stream, matters[name], n)
-                if name not in originals:
+                weight = self._weight(x, look.before.get(name), matters[name], n)
+                if name in pairs:
+                    gap = self._gap(name, look, original)
+                    statistics[name].add_pair(x, original.inputs[name], gap, weight)
+                else:
                     statistics[name].add(x, weight)
-                    continue
-                original, before = originals[name][n]
-                gap = None if before is None else before.to(x).float() - stream.float()
-                statistics[name].add_pair(x, original, gap, weight)
         return {name: statistics[group[0]] for group in groups for name in group}
+
+    def _gap(self, name: str, look: Look, original: Look) -> Tensor | None:
+        """What the hidden states that a writer adds to have lost, float32 `(tokens, width)`."""
+        if not self.asymmetry.residual or name not in original.before:
+            return None
+        stream = look.before[name].float()
+        return original.before[name].to(look.before[name]).float() - stream
 
     def _matters(self, i: int, group: tuple[str, ...]) -> Tensor | None:
         """By the gradients of linears that share an input, what each token counts, mean 1."""
