@@ -69,6 +69,7 @@ _CHOICES = {
     "strength-0.2": ["asymmetry.strength=0.2"],
     "strength-0.5": ["asymmetry.strength=0.5"],
     "strength-0.8": ["asymmetry.strength=0.8"],
+    "strength-1": ["asymmetry.strength=1"],
     "writers": [_WRITERS],
     "outputs": ["calibration.outputs=gradient"],
     "no-residual": ["asymmetry.residual=false"],
