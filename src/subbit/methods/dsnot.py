@@ -61,6 +61,7 @@ class DSnoT(Method):
         factor = None
         if o.start == "sparsegpt":
             factor = factorize(stats.H, self.settings.percdamp)
+            W = factor.live(W)  # Wanda's score is 0 there, this one is not
             record = damping_record(factor)
         metric = "wanda" if factor is None else "hessian"
         score = Scorer(metric, W, stats.H, factor, name=stats.name).score(W)

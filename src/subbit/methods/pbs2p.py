@@ -59,6 +59,7 @@ class PBS2P(Method):
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
         o = self.options
         factor = factorize(stats.H, self.settings.percdamp)
+        W = factor.live(W)
         scorer = self._scorer(W, factor, stats)
         as_stored = storing(self.settings.levels, W)
 
