@@ -50,6 +50,14 @@ def test_freer_masks_lose_less(method):
     assert losses == sorted(losses)
 
 
+@pytest.mark.parametrize(
+    "option", [{"fine_metric": "random"}, {"fine_metric": "si"}, {"hessian_score": "printed"}]
+)
+def test_salient_columns_are_those_of_the_hessian_whatever_prunes(option):
+    """As `GroupedMethod` does: with every weight kept nothing of the metric is left."""
+    assert torch.equal(run(nm=(8, 8), **option).dequantize(), run(nm=(8, 8)).dequantize())
+
+
 def test_wanda_compares_within_a_row():
     kept = run(pruning="unstructured", fine_metric="wanda").kept[:, :128].sum(1)
     assert (kept == 64).all()  # of two blocks

@@ -107,9 +107,11 @@ class PBS2P(Method):
         keep = ranks >= m - n
         counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
         most = o.salient_max if o.salient else 0
+        # salient by the Hessian whatever metric prunes (STBLLM, Algorithm 2; PBS2P 3.4)
+        salience = block.W.square() / block.U.diagonal().square()
         groups = group_weights(
             block.W,
-            score,
+            salience,
             counted,
             limit=column_limit(most, block.stop - block.start),
             split=Split(o.split_points, o.split_grid, o.sigma),
