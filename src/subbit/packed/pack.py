@@ -25,6 +25,7 @@ __all__ = [
     "AnyLayout",
     "decode_dense",
     "pack",
+    "pack_as",
     "read_layout",
     "row_chunks",
     "slice_rows",
@@ -81,6 +82,18 @@ def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
     if isinstance(linear, SparseLinear):
         return pack_sparse(linear)
     layout = _layout_of(linear)
+    return layout, pack_as(layout, linear)
+
+
+def pack_as(layout: Layout, linear: CompressedLinear) -> dict[str, Tensor]:
+    """The tensors of one linear in a layout that may hold more than it needs, as `pack`.
+
+    Some rows of a linear are packed so: its layout says that weights are pruned, and in these rows
+    none need be.
+
+    Args:
+        layout: what `unpack` gave `linear`, or that of some rows.
+    """
     _check_codes(linear, layout)
     parts = [_pack_rows(layout, linear, start, stop) for start, stop in row_chunks(layout)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -94,7 +107,7 @@ def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
         tensors["scale"] = linear.levels.scale
     if linear.column_scale is not None:
         tensors["column_scale"] = linear.column_scale.flatten()
-    return layout, {name: tensors[name].contiguous() for name in layout.fields()}
+    return {name: tensors[name].contiguous() for name in layout.fields()}
 
 
 def unpack(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Compressed:

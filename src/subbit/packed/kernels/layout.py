@@ -40,7 +40,7 @@ from torch import Tensor
 from subbit.codes import CompressedLinear, LevelTable
 from subbit.packed.decode import check_tensors
 from subbit.packed.layout import Layout
-from subbit.packed.pack import AnyLayout, pack, slice_rows, unpack
+from subbit.packed.pack import AnyLayout, pack_as, slice_rows, unpack
 
 __all__ = [
     "BLOCK",
@@ -204,7 +204,7 @@ def collapse(layout: Layout, tiles: Tensor, flags: Tensor) -> dict[str, Tensor]:
     for start, stop in _chunks(layout.rows, layout.cols):
         own = replace(layout, rows=stop - start)
         found = _rows_of(form, tiles, layout.cols, start, stop)
-        parts.append(pack(_compressed(own, *found, flags))[1])
+        parts.append(pack_as(own, _compressed(own, *found, flags)))
     return {
         name: parts[0][name]
         if name == "salient"
