@@ -143,6 +143,46 @@ def test_a_bias_may_be_a_plain_attribute(backend):
     assert torch.equal(replica(x(2)), before)
 
 
+AUTOCAST = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+
+
+@AUTOCAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_under_autocast_it_is_a_linear(low, dtype):
+    """Dtypes are those of `nn.Linear`, and so is the result of the reference."""
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    dense = torch.nn.Linear(200, 40, dtype=own).requires_grad_(False)
+    dense.weight.copy_(module().dequantize())
+    dense.bias.copy_(module().bias)
+    with torch.autocast("cpu", low):
+        wanted = dense(x(3, dtype=dtype))
+        assert torch.equal(module("reference")(x(3, dtype=dtype)), wanted)
+        y = module()(x(3, dtype=dtype))
+    assert y.dtype == wanted.dtype
+    assert close(y.double(), wanted.double(), 2e-2)
+
+
+@AUTOCAST
+def test_autocast_changes_no_packed_tensor(low):
+    wanted = module("reference").state_dict()
+    with torch.autocast("cpu", low):
+        made = module()
+        state = made.state_dict()
+        made.load_state_dict(state)
+        made.set_backend("reference")
+    for found in (state, made.state_dict()):
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@AUTOCAST
+def test_torch_compile_under_autocast(low):
+    made = module()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", low):
+        assert torch.equal(compiled(x(2)), made(x(2)))
+    assert torch.equal(compiled(x(2)), made(x(2)))
+
+
 def test_without_kernels_the_layout_still_works(monkeypatch):
     from subbit.packed.kernels import native
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subbit.codes import LevelTable
-from subbit.packed.codecs import unpack_bits, unpack_digits
+from subbit.packed.codecs import join, unpack_bits, unpack_digits
 from subbit.packed.fields import BaseLayout
 from subbit.packed.layout import Layout, Plane, Table
 from subbit.packed.support import damaged, unpack_columns
@@ -57,7 +57,7 @@ def decode_levels(table: Table, tensors: Mapping[str, Tensor]) -> LevelTable:
         if integers.amax() >= table.count:
             raise damaged(name, f"holds a number beyond the {table.count} levels")
         integers = integers.view(len(params), table.records, table.integers)
-        params = torch.cat((params, integers.to(params.dtype)), -1)
+        params = join((params, integers.to(params.dtype)), -1)
     elif table.integers:  # one level: its number can only be 0
         params = torch.nn.functional.pad(params, (0, table.integers))
     return LevelTable(table.kind, table.groups, params, tensors.get("scale"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subbit.codes import Compressed, CompressedLinear, LevelTable, SparseLinear
 from subbit.errors import FormatError
-from subbit.packed.codecs import pack_bits, pack_digits
+from subbit.packed.codecs import join, pack_bits, pack_digits
 from subbit.packed.decode import (
     check_tensors,
     decode_codes,
@@ -120,7 +120,7 @@ def unpack(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Compressed:
     parts = list(unpack_rows(layout, tensors))
     first = parts[0]
     if isinstance(first, SparseLinear):
-        values = torch.cat([part.values for part in parts])
+        values = join([part.values for part in parts])
         return replace(first, values=values, mask=torch.cat([part.mask for part in parts]))
     levels, *salient_levels = (decode_levels(table, tensors) for table in layout.tables())
     elements = layout.salient_elements is not None
