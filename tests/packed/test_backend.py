@@ -7,6 +7,7 @@ import pytest
 import torch
 from int8_examples import make_int8
 from packed_examples import make_linear
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from subbit.errors import FormatError, RecipeError
@@ -132,6 +133,36 @@ def test_gradients_pass_through_what_hides_that_they_are_wanted(way):
     way(module())(inputs).square().sum().backward()
     module("reference")(wanted).square().sum().backward()
     assert close(inputs.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_derivatives(grad):
+    direction = x(3).flip(0)
+
+    def product(made):
+        def function(inputs):
+            with torch.set_grad_enabled(grad):
+                return made(inputs).square()
+
+        return torch.func.jvp(function, (x(3),), (direction,))
+
+    for found, wanted in zip(product(module()), product(module("reference")), strict=True):
+        assert close(found, wanted)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        dual = forward_ad.make_dual(x(3), direction)
+        tangent = forward_ad.unpack_dual(module()(dual)).tangent
+        assert forward_ad.unpack_dual(module()(x(3))).tangent is None
+    assert close(tangent, direction @ module().dequantize().T)
+
+
+def test_a_jacobian_by_forward_mode_and_a_product_of_the_hessian():
+    W = module().dequantize()
+    assert close(torch.func.jacfwd(module())(x(2))[1, :, 1], W)
+    inputs, direction = x(2).requires_grad_(), x(2).flip(0)
+    with forward_ad.dual_level():
+        y = module()(forward_ad.make_dual(inputs, direction)).square().sum()
+        (grad,) = torch.autograd.grad(forward_ad.unpack_dual(y).tangent, inputs)
+    assert close(grad, 2 * direction @ W.T @ W, 2e-4)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
