@@ -103,11 +103,13 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     tiles, flags = ctx.saved_tensors
-    out = grad.new_zeros(*grad.shape[:-1], ctx.cols)
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    y = grad.to(wide)  # a sum over panels must not be rounded after each of them
+    out = y.new_zeros(*y.shape[:-1], ctx.cols)
     for start, stop in _panels(ctx.rows):
-        panel = decode(tiles, flags, ctx.rows, ctx.cols, start, stop, grad.dtype)
-        out += grad[..., start:stop] @ panel
-    return out, None, None, None, None, None
+        panel = decode(tiles, flags, ctx.rows, ctx.cols, start, stop, wide)
+        out += y[..., start:stop] @ panel
+    return out.to(grad.dtype), None, None, None, None, None
 
 
 def multiply_dual(multiply: Callable[..., Tensor], x: Tensor, *weights: Tensor | int) -> Tensor:
