@@ -66,7 +66,7 @@ class DSnoT(Method):
         metric = "wanda" if factor is None else "hessian"
         score = Scorer(metric, W, stats.H, factor, name=stats.name).score(W)
         mask = select(score, nm, o.pruning)
-        variance = stats.H.diagonal() / stats.tokens - stats.mean.square()
+        variance = stats.H.diagonal() / (stats.weight or stats.tokens) - stats.mean.square()
         swaps = reselect(
             W * stats.mean,
             score,
