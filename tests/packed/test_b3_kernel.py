@@ -293,6 +293,16 @@ def test_salient_flags_mean_nothing_in_two_bits(isa):
         b3_linear(torch.ones(1, 200), tiles, flags, 40, 200, 2)
 
 
+@pytest.mark.parametrize("flag", [1, 9, 16, 255])
+def test_flags_of_other_values_reach_no_table(isa, flag):
+    tiles, flags = resident(make_int8(40, 200))
+    flags[3] = flag
+    with pytest.raises(SubbitError, match="flags"):
+        b3_linear(torch.ones(1, 200), tiles, flags, 40, 200, 2)
+    with pytest.raises(SubbitError, match="flags"):
+        decode(tiles, flags, 40, 200, 0, 40, torch.float32)
+
+
 @kinds
 def test_without_a_compiler_torch_does_it(monkeypatch, kind):
     monkeypatch.setattr(native, "_isa", lambda: "torch")
