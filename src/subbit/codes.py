@@ -113,7 +113,7 @@ class LevelTable:
         kind: a key of `LEVEL_KINDS`.
         groups: number of level groups G (for "free" and "grid": the number of levels).
         params: what is stored: float16 `(rows, ngroups_of_columns, P)`, P of `LevelKind.params`;
-            with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`.
+            with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`, -127 to 127.
         scale: bfloat16 by which int8 levels are multiplied, or None: `(rows, ngroups_of_columns)`,
             or `(rows, 1)`, one for the whole row.
     """

@@ -134,9 +134,9 @@ def test_fuzzed_panels(isa, linear, dtype):
 
 
 def test_extreme_weights_and_activations(isa):
-    """Levels of -128 and activations of one sign: the largest sums that integers must hold."""
+    """Levels of -127 and activations of one sign: the largest sums that integers must hold."""
     linear = make_int8(16, 128, nm=None, salient=None)
-    linear.levels.params.fill_(-128)
+    linear.levels.params.fill_(-127)
     linear.levels.scale.fill_(1)
     linear.codes.clamp_(min=1)
     tiles, flags = resident(linear)

@@ -12,6 +12,7 @@ from packed_examples import NM, TABLES
 from subbit.codes import CompressedLinear, LevelTable, on_int8_grid, row_scale
 from subbit.errors import FormatError
 from subbit.packed import FORMAT_VERSION, Layout, bit_report, pack, unpack
+from subbit.packed.kernels.layout import expand
 
 
 def test_rounding_is_to_the_nearest_step_of_the_largest_level():
@@ -140,6 +141,21 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
     linear.levels.scale[3, 0] = bad
     linear.salient_levels.scale[3, 0] = bad
     with pytest.raises((FormatError, ValueError), match="scale"):
+        pack(linear)
+
+
+@pytest.mark.parametrize("name", ["levels", "salient_levels"])
+def test_the_level_that_has_no_opposite_is_refused(name):
+    """Two products with -128 do not fit the sums of a kernel."""
+    linear = make_int8(9, 200)
+    layout, tensors = pack(linear)
+    tensors[name][3, 1, 0] = -128
+    with pytest.raises(FormatError, match=f"'{name}' holds the level -128"):
+        unpack(layout, tensors)
+    with pytest.raises(FormatError, match="-128"):
+        expand(layout, tensors)
+    getattr(linear, name).params[3, 1, 0] = -128
+    with pytest.raises(FormatError, match=f"{name}: row 3, column group 1 .* -128"):
         pack(linear)
 
 

@@ -242,6 +242,12 @@ def _check_levels(table: Table, levels: LevelTable, rows: int) -> None:
     name, params = table.name, levels.params
     width = table.floats + table.integers
     _check_params(name, params, (rows, table.records, width), table.dtype)
+    if table.int8 and (bad := (params == -128).any(-1)).any():
+        row, group = bad.nonzero()[0].tolist()
+        raise FormatError(
+            f"{name}: row {row}, column group {group} holds the int8 level -128; levels go from "
+            "-127 to 127: choose a larger scale."
+        )
     integers = params[..., table.floats :]
     bad = ((integers != integers.round()) | (integers < 0) | (integers >= table.count)).any(-1)
     if bad.any():
