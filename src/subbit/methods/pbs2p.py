@@ -27,6 +27,7 @@ class PBS2POptions(Options):
     fine_metric: Literal["hessian", "wanda", "magnitude", "si", "random"] = "hessian"
     pruning: Literal[PRUNING] = "semi-structured"
     hessian_score: Literal["cholesky", "printed", "obs"] = "cholesky"
+    score_from: Literal["compensated", "original"] = "compensated"
     spbo: bool = True
     tau: int = Field(10, ge=0)
     mask_aware: bool = True
@@ -64,7 +65,7 @@ class PBS2P(Method):
         as_stored = storing(self.settings.levels, W)
 
         def compress_block(block: BlockView) -> CodedBlock:
-            return as_stored(self._compress_block(block, scorer(block), nm))
+            return as_stored(self._compress_block(block, self._score(block, W, scorer), nm))
 
         blocks = run_blocks(
             W,
@@ -95,6 +96,12 @@ class PBS2P(Method):
             seed=self.settings.seed,
             name=stats.name,
         )
+
+    def _score(self, block: BlockView, W: Tensor, scorer: Scorer) -> Tensor:
+        """Scores of a block's weights, as compensated so far or as they are in `W`."""
+        if self.options.score_from == "original":
+            return scorer.score(W[:, block.start : block.stop], block.start)
+        return scorer(block)
 
     def _ranks(self, score: Tensor, nm: tuple[int, int]) -> Tensor:
         """In which of the M - 1 steps each weight of a block goes."""

@@ -108,7 +108,7 @@ class PBS2PPlus(PBS2P):
         fitted: list[CodedBlock] = []  # with float16 parameters, which a pass goes on from
 
         def compress_block(block: BlockView) -> CodedBlock:
-            start = self._start(block, scorer(block), nm)
+            start = self._start(block, self._score(block, W, scorer), nm)
             fitted.append(self._refined(block.W, block.S, start, nm, o.sweeps))
             return as_stored(fitted[-1])
 
