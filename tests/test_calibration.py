@@ -10,6 +10,7 @@ import torch
 from subbit.calibration import Calibrator
 from subbit.errors import ModelError, RecipeError
 from subbit.linalg import PairAccumulator, shifted_target
+from subbit.methods import METHODS
 from subbit.model import (
     find_blocks,
     find_linears,
@@ -19,7 +20,8 @@ from subbit.model import (
     wiring,
 )
 from subbit.recipe import load_recipe
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from test_compression import compress
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 NSAMPLES, SEQLEN = 3, 16
 PLAIN_SUMS = ("llama", "gpt2", "opt")  # out = in + attention + mlp
@@ -295,3 +297,25 @@ def test_gradients_weigh_tokens():
     weighted.gradients = [dict.fromkeys(matters, only)] * 3
     *_, last = weighted.rounds(0, same)
     assert torch.linalg.matrix_rank(last[name].H) == 1
+
+
+def test_methods_are_told_what_the_tokens_count_together(text, monkeypatch):
+    told = []
+    plain = METHODS["wanda"].compress
+
+    def compress_and_tell(self, W, stats, nm):
+        told.append(stats)
+        return plain(self, W, stats, nm)
+
+    monkeypatch.setattr(METHODS["wanda"], "compress", compress_and_tell)
+    compress(
+        tiny_model("llama"),
+        text,
+        "wanda-4-8",
+        tokenizer=tiny_tokenizer(),
+        overrides=["calibration.first_token=20"],
+    )
+    assert told
+    for stats in told:
+        windows = (stats.weight - stats.tokens) / 19
+        assert windows >= 1 and windows == int(windows) and stats.tokens % windows == 0

@@ -7,7 +7,7 @@ read them, the bit report counts them. Nothing downstream knows which method mad
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ __all__ = [
     "on_int8_grid",
     "row_scale",
 ]
+
+_AT_ONCE = 1 << 20  # weights that are looked up at a time: their 64-bit indices stay small
 
 
 def _pairs(params: Tensor, groups: int) -> Tensor:
@@ -113,7 +115,7 @@ class LevelTable:
         kind: a key of `LEVEL_KINDS`.
         groups: number of level groups G (for "free" and "grid": the number of levels).
         params: what is stored: float16 `(rows, ngroups_of_columns, P)`, P of `LevelKind.params`;
-            with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`.
+            with a scale the levels themselves, int8 `(rows, ngroups_of_columns, L)`, -127 to 127.
         scale: bfloat16 by which int8 levels are multiplied, or None: `(rows, ngroups_of_columns)`,
             or `(rows, 1)`, one for the whole row.
     """
@@ -127,6 +129,11 @@ class LevelTable:
     def count(self) -> int:
         """Number of levels L a row has in one column group."""
         return self.groups * LEVEL_KINDS[self.kind].levels_per_group
+
+    def rows(self, rows: slice) -> "LevelTable":
+        """The levels of some rows; they share memory with these."""
+        scale = None if self.scale is None else self.scale[rows]
+        return replace(self, params=self.params[rows], scale=scale)
 
     def values(self) -> Tensor:
         """Level values, float32 `(rows, ngroups_of_columns, L)`, computed in float32."""
@@ -187,7 +194,32 @@ class CompressedLinear:
         return 0.0 if self.salient is None else float(self.salient.float().mean())
 
     def dequantize(self) -> Tensor:
-        """Return the dense weight these codes mean, float32 `(rows, cols)`."""
+        """Return the dense weight these codes mean, float32 `(rows, cols)`.
+
+        It is made some rows at a time: beside it no more than a few megabytes are held.
+        """
+        rows, cols = self.shape
+        step = max(1, _AT_ONCE // max(cols, 1))
+        if rows <= step:
+            return self._dequantize()
+        dense = torch.empty(rows, cols, dtype=torch.float32, device=self.codes.device)
+        for start in range(0, rows, step):
+            dense[start : start + step] = self._some_rows(slice(start, start + step))._dequantize()
+        return dense
+
+    def _some_rows(self, rows: slice) -> "CompressedLinear":
+        """Some rows by themselves; they share memory with the whole."""
+        columns = self.salient is None or self.salient.dim() == 1
+        return replace(
+            self,
+            codes=self.codes[rows],
+            levels=self.levels.rows(rows),
+            salient=self.salient if columns else self.salient[rows],
+            salient_levels=None if self.salient_levels is None else self.salient_levels.rows(rows),
+        )
+
+    def _dequantize(self) -> Tensor:
+        """All rows at once."""
         if self.column_scale is not None and self.column_scale.dim() == 2:
             return self._dequantize_scaled(self.column_scale.float())
         table, index = _with_zero(self.levels), self.codes.long()

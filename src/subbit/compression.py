@@ -513,7 +513,7 @@ class _Job:
     ) -> LinearStats:
         """What calibration says about a linear."""
         G = None if outputs is None else outputs.H.to(self.device)
-        return LinearStats(inputs.H, inputs.tokens, name, inputs.mean, G)
+        return LinearStats(inputs.H, inputs.tokens, name, inputs.mean, G, inputs.weight)
 
     def _compress_linear(
         self, linear: nn.Module, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None

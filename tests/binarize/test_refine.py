@@ -121,6 +121,22 @@ def test_the_compiled_sweep_is_the_torch_sweep(salient, free, remask, rows, cols
         assert torch.allclose(objective(W, S, compiled), objective(W, S, ours), rtol=1e-2)
 
 
+@pytest.mark.parametrize("remask", [False, True])
+def test_a_column_in_which_nothing_counts_stays_as_it_is(either_sweep, remask):
+    W, S, coding = problem(False, True)
+    S[:, 3] = S[3] = 0
+    S[:, 12] = S[12] = 0
+    swept = sweep(W, S, coding, 8, remask)
+    kept = coding.codes[:, [3, 12]] > 0
+    for _ in range(2):  # nor do exchanges, which cost nothing there, put another level in
+        swept = sweep(W, S, swept, 8, False)
+    still = kept & (swept.codes[:, [3, 12]] > 0)
+    assert still.any() or remask
+    values, before = swept.values()[:, [3, 12]], coding.values()[:, [3, 12]]
+    assert torch.equal(values[still], before[still])
+    assert (objective(W, S, swept) < objective(W, S, coding)).all()
+
+
 @pytest.mark.parametrize(("salient", "free"), CASES)
 def test_the_compiled_level_solve_is_the_torch_one(salient, free, monkeypatch):
     if not descent.is_compiled():

@@ -114,3 +114,42 @@ def test_full_target_differs_from_retained(problem):
     a = spbo(W, S, part, ranks, 4, tau=5, mask_aware=True, target="retained")
     b = spbo(W, S, part, ranks, 4, tau=5, mask_aware=True, target="full")
     assert not torch.allclose(a.params[:4], b.params[:4])
+
+
+@pytest.fixture
+def centred():
+    """Inputs as a LayerNorm without a bias gives them: those of a token add up to 0."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(600, 64, generator=generator) * (0.2 + torch.rand(64, generator=generator))
+    X -= X.mean(1, keepdim=True)
+    return 0.05 * torch.randn(24, 64, generator=generator), X.T @ X
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_plane_that_the_inputs_cancel_is_not_fitted_to_rounding_errors(centred, steps):
+    W, S = centred
+    ranks = ranks_in_groups(W.abs(), 8)
+    kept = ranks >= steps
+    part = binarize_part(W, torch.ones_like(kept), 1)
+    fitted = spbo(W, S, part, ranks, steps, tau=10, mask_aware=False, target="retained")
+    assert (fitted.params.abs() < 1).all()
+    before, after = (loss(W, S, found, kept) for found in (part, fitted))
+    assert after.sum() < before.sum()
+
+
+def test_alternation_raises_no_loss_where_a_plane_is_not_felt(centred):
+    """It keeps its parameter: 0 in its place would cost what is left of its weight."""
+    W, S = centred
+    W = W + 40
+    part = binarize_part(W, torch.ones_like(W, dtype=torch.bool), 1)
+    planes = torch.stack((part.support.float(), part.signs[:, 0]), 1)
+    p = alternate(planes, W, S, part.params, 5)
+    fitted = (p.unsqueeze(-1) * planes).sum(1)
+
+    def error(found):
+        R = (W - found).double()
+        return ((R @ S.double()) * R).sum(-1)
+
+    assert (error(fitted) <= error(part.dense()) * (1 + 1e-6)).all()
+    assert torch.equal(p[:, 0], part.params[:, 0])
+    assert not torch.equal(p[:, 1], part.params[:, 1])

@@ -31,3 +31,17 @@ def test_stripes_make_the_whole_symmetric_matrix():
     gram.add(X)
     assert torch.equal(gram.H, X.T @ X)
     assert torch.equal(gram.H, gram.H.T)
+
+
+def test_mean_and_total_are_weighed_as_H_is():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 6, generator=generator) + 1
+    weight = torch.randint(1, 5, (40,), generator=generator)
+    gram, repeated = GramAccumulator(6), GramAccumulator(6)
+    gram.add(X[:25], weight[:25].float())
+    gram.add(X[25:], weight[25:].float())
+    repeated.add(X.repeat_interleave(weight, 0))  # to count twice is to be seen twice
+    assert gram.tokens == 40 and gram.weight == repeated.weight == repeated.tokens
+    assert torch.allclose(gram.H, repeated.H, rtol=1e-5)
+    assert torch.allclose(gram.mean, repeated.mean, rtol=1e-5)
+    assert GramAccumulator(6).mean.tolist() == [0] * 6

@@ -100,6 +100,28 @@ def test_input_is_not_modified(name):
         assert torch.equal(tensor, copy)
 
 
+BLIND = ("rtn", "xnor", "magnitude", "random")
+"""Methods that look at no input."""
+
+
+@pytest.mark.parametrize("levels", ["own", "int8-row"])
+def test_a_weight_without_input_decides_nothing(name, levels):
+    """No scale of a row, no grid, no place in a mask."""
+    recipe = RECIPES[name]
+    row = levels == "int8-row"
+    if recipe.method in BLIND or (row and not METHODS[recipe.method].int8_levels):
+        pytest.skip("looks at no input, or has no int8 levels")
+    if row and recipe.options.get("variant") == "arb-rc":
+        pytest.skip("has no int8 levels")
+    settings = Settings(blocksize=64, levels="int8-row" if row else recipe.levels)
+    W, stats = problem("dead_columns")
+    dead = stats.H.diagonal() == 0
+    larger = W * (1 + 99 * dead)
+    one, other = (build(recipe, settings).compress(w, stats, recipe.nm) for w in (W, larger))
+    live = (part.dequantize()[:, ~dead] for part in (one, other))
+    assert torch.equal(*live)
+
+
 def test_what_is_pruned_is_what_was_asked_for(name, case):
     recipe, result = RECIPES[name], fit(name, case)
     kept, dense = result.kept, result.dequantize()

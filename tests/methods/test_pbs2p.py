@@ -50,6 +50,22 @@ def test_freer_masks_lose_less(method):
     assert losses == sorted(losses)
 
 
+@pytest.mark.parametrize(
+    "option", [{"fine_metric": "random"}, {"fine_metric": "si"}, {"hessian_score": "printed"}]
+)
+def test_salient_columns_are_those_of_the_hessian_whatever_prunes(option):
+    """As `GroupedMethod` does: with every weight kept nothing of the metric is left."""
+    assert torch.equal(run(nm=(8, 8), **option).dequantize(), run(nm=(8, 8)).dequantize())
+
+
+def test_scores_of_the_original_weights_know_no_compensation():
+    """Wanda's mask of the whole weight is then that of the original, in every block."""
+    W, stats = problem("plain")
+    wanda = make_method("wanda").compress(W, stats, (4, 8)).mask
+    assert torch.equal(run(fine_metric="wanda", score_from="original").kept, wanda)
+    assert not torch.equal(run(fine_metric="wanda").kept, wanda)
+
+
 def test_wanda_compares_within_a_row():
     kept = run(pruning="unstructured", fine_metric="wanda").kept[:, :128].sum(1)
     assert (kept == 64).all()  # of two blocks
@@ -82,6 +98,7 @@ def test_exact_compensation_beats_the_diagonal():
     [
         {"hessian_score": "printed"},
         {"hessian_score": "obs"},
+        {"score_from": "original"},
         {"fine_metric": "wanda"},
         {"fine_metric": "si"},
         {"tau": 1},

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from problems import problem
+from problems import PROBLEMS, problem
 
 from subbit.errors import ModelError, RecipeError
-from subbit.linalg import relative_loss
+from subbit.linalg import GramAccumulator, relative_loss
 from subbit.methods import LinearStats, Settings, make_method
 from subbit.methods.dsnot import reselect
 from subbit.packed import bit_report, pack
@@ -176,6 +176,19 @@ def test_dsnot_leaves_small_errors_alone():
     still = make_method("dsnot", {"threshold": 1e9}).compress(W, stats, (4, 8))
     assert still.record["swaps"] == 0
     assert torch.equal(still.mask, make_method("wanda").compress(W, stats, (4, 8)).mask)
+
+
+def test_dsnot_of_weighed_tokens_is_that_of_repeated_ones():
+    W, X = PROBLEMS["plain"]()
+    X = X + 0.3 * X.std(0) * torch.linspace(-1, 1, X.shape[1])
+    weight = 1 + torch.arange(len(X)) % 20
+    seen = GramAccumulator(X.shape[1])
+    seen.add(X, weight.float())
+    mean, total = seen.mean, seen.weight
+    repeated = LinearStats(seen.H, int(total), mean=mean)
+    weighed = LinearStats(seen.H, seen.tokens, mean=mean, weight=total)
+    one, other = (make_method("dsnot").compress(W, s, (4, 8)) for s in (repeated, weighed))
+    assert torch.equal(one.mask, other.mask) and one.record["swaps"] > 0
 
 
 def test_dsnot_needs_the_mean_input():

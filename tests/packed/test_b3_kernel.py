@@ -134,9 +134,9 @@ def test_fuzzed_panels(isa, linear, dtype):
 
 
 def test_extreme_weights_and_activations(isa):
-    """Levels of -128 and activations of one sign: the largest sums that integers must hold."""
+    """Levels of -127 and activations of one sign: the largest sums that integers must hold."""
     linear = make_int8(16, 128, nm=None, salient=None)
-    linear.levels.params.fill_(-128)
+    linear.levels.params.fill_(-127)
     linear.levels.scale.fill_(1)
     linear.codes.clamp_(min=1)
     tiles, flags = resident(linear)
@@ -291,6 +291,16 @@ def test_salient_flags_mean_nothing_in_two_bits(isa):
     flags[3] = 8
     with pytest.raises(SubbitError, match="sizes"):
         b3_linear(torch.ones(1, 200), tiles, flags, 40, 200, 2)
+
+
+@pytest.mark.parametrize("flag", [1, 9, 16, 255])
+def test_flags_of_other_values_reach_no_table(isa, flag):
+    tiles, flags = resident(make_int8(40, 200))
+    flags[3] = flag
+    with pytest.raises(SubbitError, match="flags"):
+        b3_linear(torch.ones(1, 200), tiles, flags, 40, 200, 2)
+    with pytest.raises(SubbitError, match="flags"):
+        decode(tiles, flags, 40, 200, 0, 40, torch.float32)
 
 
 @kinds

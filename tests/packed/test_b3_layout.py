@@ -41,6 +41,14 @@ def test_many_rows_are_worked_on_in_chunks():
     assert torch.equal(part, linear.dequantize()[4096:].bfloat16())
 
 
+def test_a_chunk_without_a_pruned_weight_is_packed_as_the_others_are():
+    linear = make_int8(8208, 128, nm=None, levels=("free", 6), salient=None)
+    linear.codes[0, 5] = 0  # the only one; there are two chunks
+    layout, tensors = pack(linear)
+    back = collapse(layout, *expand(layout, tensors))
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
 def weight_from_bytes(tiles, flags, cols, row, col):
     """One weight of B3, read bit by bit as the layout is described."""
     full = cols // 128 + (cols % 128 > 64)

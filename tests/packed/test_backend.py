@@ -7,6 +7,7 @@ import pytest
 import torch
 from int8_examples import make_int8
 from packed_examples import make_linear
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from subbit.errors import FormatError, RecipeError
@@ -112,6 +113,19 @@ def test_gradients_pass_through_to_the_activations():
     assert close(inputs.grad, wanted.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_input_gradients_are_rounded_once(dtype):
+    """However many panels of rows they are summed over."""
+    linear = make_int8(9000, 256, nm=None, salient=None, levels=("free", 6))
+    made = PackedLinear.from_compressed(linear, None, dtype)
+    made.set_backend("cpu")
+    inputs = torch.zeros(1, 256, dtype=dtype, requires_grad=True)
+    grad = torch.randn(1, 9000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    made(inputs).backward(grad)
+    wanted = (grad.double() @ linear.dequantize().double()).to(dtype)
+    assert (inputs.grad != wanted).float().mean() < 0.01  # float32's own rounding may tip a few
+
+
 @pytest.mark.parametrize("batch", [1, 20])
 def test_torch_compile(batch):
     made = module()
@@ -134,6 +148,36 @@ def test_gradients_pass_through_what_hides_that_they_are_wanted(way):
     assert close(inputs.grad, wanted.grad)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_derivatives(grad):
+    direction = x(3).flip(0)
+
+    def product(made):
+        def function(inputs):
+            with torch.set_grad_enabled(grad):
+                return made(inputs).square()
+
+        return torch.func.jvp(function, (x(3),), (direction,))
+
+    for found, wanted in zip(product(module()), product(module("reference")), strict=True):
+        assert close(found, wanted)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        dual = forward_ad.make_dual(x(3), direction)
+        tangent = forward_ad.unpack_dual(module()(dual)).tangent
+        assert forward_ad.unpack_dual(module()(x(3))).tangent is None
+    assert close(tangent, direction @ module().dequantize().T)
+
+
+def test_a_jacobian_by_forward_mode_and_a_product_of_the_hessian():
+    W = module().dequantize()
+    assert close(torch.func.jacfwd(module())(x(2))[1, :, 1], W)
+    inputs, direction = x(2).requires_grad_(), x(2).flip(0)
+    with forward_ad.dual_level():
+        y = module()(forward_ad.make_dual(inputs, direction)).square().sum()
+        (grad,) = torch.autograd.grad(forward_ad.unpack_dual(y).tangent, inputs)
+    assert close(grad, 2 * direction @ W.T @ W, 2e-4)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_bias_may_be_a_plain_attribute(backend):
     """As in the replicas of `nn.DataParallel`."""
@@ -141,6 +185,46 @@ def test_a_bias_may_be_a_plain_attribute(backend):
     before = replica(x(2))
     replica.bias = replica._parameters.pop("bias").data
     assert torch.equal(replica(x(2)), before)
+
+
+AUTOCAST = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+
+
+@AUTOCAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_under_autocast_it_is_a_linear(low, dtype):
+    """Dtypes are those of `nn.Linear`, and so is the result of the reference."""
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    dense = torch.nn.Linear(200, 40, dtype=own).requires_grad_(False)
+    dense.weight.copy_(module().dequantize())
+    dense.bias.copy_(module().bias)
+    with torch.autocast("cpu", low):
+        wanted = dense(x(3, dtype=dtype))
+        assert torch.equal(module("reference")(x(3, dtype=dtype)), wanted)
+        y = module()(x(3, dtype=dtype))
+    assert y.dtype == wanted.dtype
+    assert close(y.double(), wanted.double(), 2e-2)
+
+
+@AUTOCAST
+def test_autocast_changes_no_packed_tensor(low):
+    wanted = module("reference").state_dict()
+    with torch.autocast("cpu", low):
+        made = module()
+        state = made.state_dict()
+        made.load_state_dict(state)
+        made.set_backend("reference")
+    for found in (state, made.state_dict()):
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@AUTOCAST
+def test_torch_compile_under_autocast(low):
+    made = module()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", low):
+        assert torch.equal(compiled(x(2)), made(x(2)))
+    assert torch.equal(compiled(x(2)), made(x(2)))
 
 
 def test_without_kernels_the_layout_still_works(monkeypatch):

@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_examples import make_int8
-from packed_examples import NM, TABLES
+from packed_examples import NM, TABLES, make_linear
 
+from largest import Largest
+from subbit import codes
 from subbit.codes import CompressedLinear, LevelTable, on_int8_grid, row_scale
 from subbit.errors import FormatError
 from subbit.packed import FORMAT_VERSION, Layout, bit_report, pack, unpack
+from subbit.packed.kernels.layout import expand
 
 
 def test_rounding_is_to_the_nearest_step_of_the_largest_level():
@@ -143,6 +146,21 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
         pack(linear)
 
 
+@pytest.mark.parametrize("name", ["levels", "salient_levels"])
+def test_the_level_that_has_no_opposite_is_refused(name):
+    """Two products with -128 do not fit the sums of a kernel."""
+    linear = make_int8(9, 200)
+    layout, tensors = pack(linear)
+    tensors[name][3, 1, 0] = -128
+    with pytest.raises(FormatError, match=f"'{name}' holds the level -128"):
+        unpack(layout, tensors)
+    with pytest.raises(FormatError, match="-128"):
+        expand(layout, tensors)
+    getattr(linear, name).params[3, 1, 0] = -128
+    with pytest.raises(FormatError, match=f"{name}: row 3, column group 1 .* -128"):
+        pack(linear)
+
+
 def test_golden_bytes_of_int8_levels():
     """Worked out by hand. These bytes may change only together with FORMAT_VERSION."""
     assert FORMAT_VERSION == 2
@@ -167,3 +185,26 @@ def test_golden_bytes_of_int8_levels():
         "salient": bytes([0b1000]),
         "salient_levels": bytes([5, 6, 7, 8] * 2),
     }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"elements": True, "nm": None, "salient_group_size": 32},
+        {"column_scale": True},
+        {"scaled_params": 4},
+        {"salient": None},
+        {"int8": True},
+        {"int8": True, "by_row": True},
+    ],
+)
+def test_many_rows_are_looked_up_in_parts(options, monkeypatch):
+    options = dict(options)
+    make = make_int8 if options.pop("int8", False) else make_linear
+    linear = make(70, 300, **options)
+    whole = linear.dequantize()
+    monkeypatch.setattr(codes, "_AT_ONCE", 4000)
+    with Largest() as largest:
+        assert torch.equal(linear.dequantize(), whole)
+    assert largest.nbytes <= 4 * whole.numel()  # the result; 64-bit indices of all take twice that

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -190,3 +190,28 @@ def test_fields_of_16_bit_values():
 def test_sparse_nonsense_is_refused(key, value):
     with pytest.raises(FormatError):
         read_layout({**SPARSE.to_dict(), key: value})
+
+
+ANY_JSON = [
+    *(None, True, False, -1, 0, 1, 3, 2**40, 1.5, float("nan"), "", "a", "float16", {}, {"a": 1}),
+    *([], [1], [4, 8], [1, None], [[1], 2], ["pairs", 3], ["pairs", "a"], [{}, 3], [["pairs"], 3]),
+]
+LAYOUTS = {
+    "levels": LAYOUT,
+    "elements": replace(LAYOUT, nm=None, salient_elements=9, salient_group_size=64),
+    "int8": replace(LAYOUT, int8=True, row_scale=True),
+    "sparse": SPARSE,
+    "single": SparseLayout(576, 100, "float16", elements=999),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_json_of_any_type_is_refused_or_means_a_layout(name):
+    layout = LAYOUTS[name]
+    for key in (field.name for field in fields(layout)):
+        for value in ANY_JSON:
+            try:
+                found = read_layout({**layout.to_dict(), key: value})
+            except FormatError:
+                continue
+            assert found.nbytes > 0  # with tensors of some size

@@ -24,6 +24,12 @@ def test_patterns_in_increasing_order_column_0_lowest():
     ]
 
 
+def test_patterns_are_nobodys_to_change_and_on_any_device():
+    patterns(2, 4).zero_()
+    assert patterns(2, 4).sum() == 12
+    assert patterns(2, 4, torch.device("meta")).is_meta
+
+
 @pytest.mark.parametrize("m", range(1, 17))
 def test_every_mask_of_every_nm_round_trips(m):
     for n in range(1, m + 1):

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from packed_examples import linears, make_linear
 from torch import nn
 
@@ -27,6 +28,18 @@ def test_dequantize_is_that_of_the_compressed_linear(linear):
     module = PackedLinear.from_compressed(linear, None, torch.float32)
     assert torch.equal(module.dequantize(), linear.dequantize())
     assert torch.equal(module.compressed().kept, linear.kept)
+
+
+@given(linears(), st.sampled_from([torch.float16, torch.bfloat16]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_autocast_changes_no_stored_number(linear, low):
+    """Where a grid has whole numbers beside its scale, among others."""
+    with torch.autocast("cpu", low):
+        module = PackedLinear.from_compressed(linear, None, torch.float32)
+        dense = module.dequantize()
+        again = module.compressed()
+    assert torch.equal(dense, linear.dequantize())
+    assert torch.equal(again.dequantize(), linear.dequantize())
 
 
 def test_dequantize_over_several_row_chunks():

@@ -1,9 +1,11 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from subbit.errors import RecipeError
-from subbit.prune.allocate import allocate, mean_kept
+from subbit.prune.allocate import _savings, allocate, allocate_measured, mean_kept
 
 
 def test_the_most_important_block_keeps_most():
@@ -86,3 +88,38 @@ def test_every_allocation_stays_within_one_and_m_and_the_budget(allocation, data
     kept = allocate([], sizes, (n, m), allocation=allocation, norms=norms, n_high=2, n_low=3)
     assert all(1 <= k <= m for k in kept)
     assert mean_kept(kept, sizes) <= n
+
+
+def test_savings_are_those_of_the_lower_hull():
+    assert _savings([10, 9.9, 9.8, 9.7, 0]) == [2.5] * 4
+    assert _savings([9, 5, 3, 2]) == [4, 2, 1]  # convex already
+    assert _savings([1, 2, 0]) == [0.5, 0.5]
+    assert _savings([3]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_savings_lead_along_a_convex_curve_below_the_losses(losses):
+    savings = _savings(losses)
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(savings)) and min(savings) >= 0
+    curve = [losses[0] - sum(savings[:k]) for k in range(len(losses))]
+    assert all(c <= loss + 1e-9 for c, loss in zip(curve, losses, strict=True))
+    assert curve[-1] == pytest.approx(min(losses), abs=1e-9)
+
+
+def test_a_jump_that_pays_late_is_made_whole():
+    losses = [0.9, 0.5, 0.48, 0.46, 0.44, 0.05, 0.02, 0.01]
+    kept = allocate_measured([1] * 4, losses, [1] * 4, (4, 8), n_high=2, n_low=2)
+    assert kept == [6, 6, 2, 2]
+
+
+@given(data=st.data())
+def test_measured_allocation_uses_its_budget(data):
+    m = data.draw(st.integers(1, 8))
+    n = data.draw(st.integers(1, m))
+    count = data.draw(st.integers(1, 8))
+    losses = data.draw(st.lists(st.floats(0, 1), min_size=m, max_size=m))
+    damages = data.draw(st.lists(st.floats(0, 1), min_size=count, max_size=count))
+    kept = allocate_measured(damages, losses, [3] * count, (n, m), n_high=2, n_low=2)
+    high = min(n + 2, m)
+    assert all(max(n - 2, 1) <= k <= high for k in kept)
+    assert sum(kept) == n * count  # of equal sizes nothing is left

@@ -2,7 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subbit.prune import keep_mask, ranks_in_groups
+from largest import Largest
+from subbit.prune import keep_mask, masks, ranks_in_groups
 
 
 @settings(deadline=None, max_examples=60)
@@ -35,3 +36,13 @@ def test_equal_scores_lose_the_left_one_first():
 def test_the_last_group_is_padded_with_zeros():
     keep = keep_mask(torch.tensor([[5.0, 4, 3, 2, 1, 9, 8, 7, 1, 2, 3]]), (2, 8))
     assert keep.tolist() == [[False] * 5 + [True, True, False, False, True, True]]
+
+
+def test_many_rows_are_compared_in_parts(monkeypatch):
+    scores = torch.randint(0, 9, (600, 1020), generator=torch.Generator().manual_seed(0)).float()
+    whole = ranks_in_groups(scores, 8)
+    monkeypatch.setattr(masks, "_AT_ONCE", 1 << 20)
+    with Largest() as largest:
+        parts = ranks_in_groups(scores, 8)
+    assert torch.equal(parts, whole)
+    assert largest.nbytes <= 1 << 20  # of bool; a comparison each of all would be five times that

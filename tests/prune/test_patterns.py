@@ -56,6 +56,14 @@ def test_ranks_are_nested_masks_that_end_where_select_does(pruning):
         assert torch.equal(ranks >= step, kept), step
 
 
+@pytest.mark.parametrize("pruning", ["unstructured", "structured"])
+def test_all_ranks_take_one_sort(pruning, monkeypatch):
+    sorts, plain = [], torch.Tensor.argsort
+    monkeypatch.setattr(torch.Tensor, "argsort", lambda *a, **k: sorts.append(0) or plain(*a, **k))
+    pruning_ranks(SCORES, (2, 8), pruning)
+    assert len(sorts) == 1
+
+
 def test_ranks_by_row():
     by_row = pruning_ranks(SCORES, (2, 4), "unstructured", by_row=True)
     assert ((by_row >= 2).sum(1) == 4).all()

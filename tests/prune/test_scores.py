@@ -64,3 +64,9 @@ def test_an_unknown_metric_names_the_nearest(problem):
     with pytest.raises(RecipeError, match="wanda"):
         score(problem, "wandaa")
     assert len({str(score(problem, m)) for m in METRICS}) == len(METRICS)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_single_weight_has_a_score(metric):
+    W, H = torch.tensor([[2.0]]), torch.tensor([[3.0]])
+    assert Scorer(metric, W, H, factorize(H, 0.01)).score(W).isfinite().all()

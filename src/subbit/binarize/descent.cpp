@@ -9,6 +9,7 @@
 // Plain C++17, no torch, reached through ctypes (descent.py). On x86 everything but the first exported
 // function is compiled for AVX2; that one says whether the processor has it.
 
+#include <float.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -80,10 +81,16 @@ INLINE void absorb(Tile& x, const float* S, int64_t b, int k, int from, int coun
     x.rs[k] = rs;
 }
 
+// What a step in a column costs; a column without inputs costs next to nothing, as in refine.py.
+INLINE float curvature_of(const float* S, int64_t b, int c) {
+    const float own = S[c * b + c];
+    return own > FLT_MIN ? own : FLT_MIN;
+}
+
 // Give every kept weight of columns [from, to) the level nearest to its conditional optimum.
 INLINE void descend(Tile& x, const float* S, int64_t b, const uint8_t* table, int from, int to) {
     for (int c = from; c < to; c++) {
-        const Level level = nearest(x.table[table[c]], x.q[c] + x.rs[c] / S[c * b + c]);
+        const Level level = nearest(x.table[table[c]], x.q[c] + x.rs[c] / curvature_of(S, b, c));
         const Ints kept = x.code[c] > 0;
         const Floats q = kept ? level.value : Floats{};
         const Floats step = q - x.q[c];
@@ -105,9 +112,9 @@ INLINE Exchange best_exchange(const Tile& x, const float* S, int64_t b, const ui
                               int from, int to) {
     Exchange best = {Floats{}, {Ints{}, Floats{}}, Ints{} - 1, Ints{} - 1};
     for (int i = from; i < to; i++) {
-        const Floats cost = x.q[i] * (2.0f * x.rs[i] + x.q[i] * S[i * b + i]);
+        const Floats cost = x.q[i] * (2.0f * x.rs[i] + x.q[i] * curvature_of(S, b, i));
         for (int j = from; j < to; j++) {
-            const float curvature = S[j * b + j];
+            const float curvature = curvature_of(S, b, j);
             const Floats t = (x.rs[j] + S[j * b + i] * x.q[i]) / curvature;
             const Level level = nearest(x.table[table[j]], t);
             const Floats change = cost - curvature * (level.value * (2.0f * t - level.value));

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["Part", "alternate", "binarize_part", "spbo"]
 
-_EMPTY = 1e-12  # relative to the largest diagonal: below it a plane has no weight left in a row
+_NOISE = 1e-6  # of what a plane could weigh at most: below it float32 cannot tell its weight from 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ def spbo(
         return part
     params = part.params
     whole = W * part.support
+    if not mask_aware and not _felt(S.sum(), torch.ones_like(W[0]), S):
+        # where the inputs of a token add up to 0 the printed objective says nothing of mu: none
+        params = torch.cat((torch.zeros_like(params[..., :1]), params[..., 1:]), -1)
     for step in range(1, steps + 1) if steps else (0,):
         kept = (part.support & (ranks >= step)).to(W.dtype).unsqueeze(-2)
         carrier = kept if mask_aware else torch.ones_like(kept)
@@ -104,7 +107,8 @@ def alternate(planes: Tensor, target: Tensor, S: Tensor, params: Tensor, tau: in
     """Coordinate descent on `||target - sum_i p_i v_i||_S^2`: mu, then each alpha, tau times.
 
     All inner products are taken once; the alternation itself is on scalars. A plane with nothing
-    left in a row gets the parameter 0.
+    left in a row gets the parameter 0; one that the inputs cancel (the mean of all columns, behind
+    a LayerNorm) keeps its parameter, on which the error does not depend.
 
     Args:
         planes: `(..., rows, P, b)`.
@@ -119,12 +123,13 @@ def alternate(planes: Tensor, target: Tensor, S: Tensor, params: Tensor, tau: in
     G = VS @ planes.mT  # (..., rows, P, P)
     c = (VS @ target.unsqueeze(-1)).squeeze(-1)
     diagonal = G.diagonal(dim1=-2, dim2=-1)
-    alive = diagonal > _EMPTY * S.diagonal().max()
-    # p_i <- (c_i - sum_{j != i} G_ij p_j) / G_ii; a dead plane has a zero row
-    inverse = torch.where(alive, diagonal, 1.0).reciprocal() * alive
+    felt = _felt(diagonal, planes, S)
+    params = params * planes.any(-1)
+    # p_i <- (c_i - sum_{j != i} G_ij p_j) / G_ii; one that is not felt has a zero row
+    inverse = torch.where(felt, diagonal, 1.0).reciprocal() * felt
     pull = -(G - torch.diag_embed(diagonal)) * inverse.unsqueeze(-1)
-    rest = c * inverse
-    p = list((params * alive).unbind(-1))
+    rest = torch.where(felt, c * inverse, params)
+    p = list(params.unbind(-1))
     for _ in range(tau):
         for i in range(len(p)):
             p[i] = rest[..., i]
@@ -132,3 +137,12 @@ def alternate(planes: Tensor, target: Tensor, S: Tensor, params: Tensor, tau: in
                 if j != i:
                     p[i] = torch.addcmul(p[i], pull[..., i, j], p[j])
     return torch.stack(p, -1)
+
+
+def _felt(weight: Tensor, planes: Tensor, S: Tensor) -> Tensor:
+    """Whether a plane's `v S v^T`, `weight` `(...)`, is more than rounding errors.
+
+    It is at most `(|v| sqrt(diag S))^2`, and its errors are a share of that.
+    """
+    most = (planes.abs() @ S.diagonal().clamp_min(0).sqrt()).square()
+    return weight > _NOISE * most

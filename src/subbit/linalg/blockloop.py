@@ -72,7 +72,7 @@ def run_blocks(
     """
     if objective not in OBJECTIVES:
         raise RecipeError(f"objective is '{objective}'; use one of {', '.join(OBJECTIVES)}")
-    W = W.masked_fill(factor.dead, 0.0)
+    W = factor.live(W)
     blocks: list[B] = []
     for start in range(0, W.shape[1], blocksize):
         stop = min(start + blocksize, W.shape[1])

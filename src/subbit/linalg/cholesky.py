@@ -29,6 +29,13 @@ class Factor:
     dead: Tensor
     damping: float
 
+    def live(self, W: Tensor) -> Tensor:
+        """A copy of `W` `(rows, cols)` with zeros in the dead columns.
+
+        No weight there may decide what the others get: a grid, a scale, or a place in the mask.
+        """
+        return W.masked_fill(self.dead, 0.0)
+
     def damped(self) -> Tensor:
         """H with its damping, `(U^T U)^-1`: what the compensated loss is measured in."""
         if isfinite(self.damping):

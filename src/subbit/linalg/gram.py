@@ -15,22 +15,24 @@ class GramAccumulator:
 
     Attributes:
         tokens: calibration tokens seen so far.
+        weight: what they count together: as many, where none was weighed.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self._lower = torch.zeros(features, features, dtype=torch.float32, device=device)
         self._sum = torch.zeros(features, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.tokens, self.weight = 0, 0.0
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add inputs `(..., features)` of any float dtype; `weight` `(tokens,)`: of each in H."""
+        """Add inputs `(..., features)` of any float dtype; `weight` `(tokens,)`: of each."""
         x = x.reshape(-1, x.shape[-1]).to(device=self._lower.device, dtype=torch.float32)
         weighted = _weighted(x, weight)
         for start in range(0, x.shape[1], _STRIPE):
             stripe = weighted[:, start : start + _STRIPE]
             self._lower[start:, start : start + _STRIPE].addmm_(x[:, start:].T, stripe)
-        self._sum += x.sum(0, dtype=torch.float64)
+        self._sum += weighted.sum(0, dtype=torch.float64)
         self.tokens += x.shape[0]
+        self.weight += x.shape[0] if weight is None else float(weight.sum(dtype=torch.float64))
 
     @property
     def H(self) -> Tensor:
@@ -40,8 +42,8 @@ class GramAccumulator:
 
     @property
     def mean(self) -> Tensor:
-        """The mean input, float32 `(features,)`; 0 before the first token."""
-        return (self._sum / max(self.tokens, 1)).float()
+        """The mean input, weighed as H is, float32 `(features,)`; 0 before the first token."""
+        return (self._sum / (self.weight or 1.0)).float()
 
 
 class PairAccumulator(GramAccumulator):

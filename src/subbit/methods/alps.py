@@ -50,7 +50,7 @@ class ALPS(Method):
         H = factor.damped()
         norm = H.diagonal().sqrt()
         H = H / norm / norm[:, None]
-        B = W.masked_fill(factor.dead, 0.0) * norm
+        B = factor.live(W) * norm
         found = admm(
             B,
             H,

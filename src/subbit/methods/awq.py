@@ -49,6 +49,7 @@ class AWQ(Method):
         self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
     ) -> CompressedLinear:
         count = self.options.candidates
+        W = W.masked_fill(stats.H.diagonal() <= 0, 0.0)  # they must not widen a grid
         size = self.settings.blocksize if self.options.group == "block" else W.shape[1]
         best, least = None, float("inf")
         for i in range(count):

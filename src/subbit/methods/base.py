@@ -30,9 +30,10 @@ class LinearStats:
         H: float32 `(cols, cols)`, `sum x^T x` over the calibration tokens.
         tokens: how many tokens that was.
         name: the linear's dotted name, for messages and seeds.
-        mean: mean input, float32 `(cols,)`, or None where nobody asked for it.
+        mean: mean input, float32 `(cols,)`, or None where nobody asked for it; weighed as H is.
         G: float32 `(rows, rows)`, `sum g^T g` of the gradients in its outputs, or None: outputs
             count alike.
+        weight: what the tokens count together in H, or None: each counts 1.
     """
 
     H: Tensor
@@ -40,6 +41,7 @@ class LinearStats:
     name: str = "linear"
     mean: Tensor | None = None
     G: Tensor | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True)

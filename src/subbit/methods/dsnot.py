@@ -61,11 +61,12 @@ class DSnoT(Method):
         factor = None
         if o.start == "sparsegpt":
             factor = factorize(stats.H, self.settings.percdamp)
+            W = factor.live(W)  # Wanda's score is 0 there, this one is not
             record = damping_record(factor)
         metric = "wanda" if factor is None else "hessian"
         score = Scorer(metric, W, stats.H, factor, name=stats.name).score(W)
         mask = select(score, nm, o.pruning)
-        variance = stats.H.diagonal() / stats.tokens - stats.mean.square()
+        variance = stats.H.diagonal() / (stats.weight or stats.tokens) - stats.mean.square()
         swaps = reselect(
             W * stats.mean,
             score,

@@ -42,7 +42,7 @@ class GPTQ(Method):
     ) -> CompressedLinear:
         bits, blocksize = self.options.bits, self.settings.blocksize
         factor = factorize(stats.H, self.settings.percdamp)
-        whole = None if self.options.group == "block" else fit_grid(W, 2**bits)
+        whole = None if self.options.group == "block" else fit_grid(factor.live(W), 2**bits)
         blocks = run_blocks(
             W,
             factor,

@@ -101,6 +101,7 @@ class GroupedMethod(Method):
         self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
     ) -> CompressedLinear:
         factor = factorize(stats.H, self.settings.percdamp)
+        W = factor.live(W)
         record = damping_record(factor)
         size = self.settings.blocksize
         scorer = self._scorer(W, factor, stats)

@@ -50,6 +50,7 @@ class PBLLM(Method):
     ) -> CompressedLinear:
         o, size = self.options, self.settings.blocksize
         factor = factorize(stats.H, self.settings.percdamp)
+        W = factor.live(W)
         scores = Scorer(o.fine_metric, W, stats.H, factor).score(W)
         salient = _highest(scores, round(o.salient_share * W.numel()))
         grid = fit_grid(W * salient, _LEVELS)

@@ -27,6 +27,7 @@ class PBS2POptions(Options):
     fine_metric: Literal["hessian", "wanda", "magnitude", "si", "random"] = "hessian"
     pruning: Literal[PRUNING] = "semi-structured"
     hessian_score: Literal["cholesky", "printed", "obs"] = "cholesky"
+    score_from: Literal["compensated", "original"] = "compensated"
     spbo: bool = True
     tau: int = Field(10, ge=0)
     mask_aware: bool = True
@@ -59,11 +60,12 @@ class PBS2P(Method):
     def _compress(self, W: Tensor, stats: LinearStats, nm: tuple[int, int]) -> CompressedLinear:
         o = self.options
         factor = factorize(stats.H, self.settings.percdamp)
+        W = factor.live(W)
         scorer = self._scorer(W, factor, stats)
         as_stored = storing(self.settings.levels, W)
 
         def compress_block(block: BlockView) -> CodedBlock:
-            return as_stored(self._compress_block(block, scorer(block), nm))
+            return as_stored(self._compress_block(block, self._score(block, W, scorer), nm))
 
         blocks = run_blocks(
             W,
@@ -95,6 +97,12 @@ class PBS2P(Method):
             name=stats.name,
         )
 
+    def _score(self, block: BlockView, W: Tensor, scorer: Scorer) -> Tensor:
+        """Scores of a block's weights, as compensated so far or as they are in `W`."""
+        if self.options.score_from == "original":
+            return scorer.score(W[:, block.start : block.stop], block.start)
+        return scorer(block)
+
     def _ranks(self, score: Tensor, nm: tuple[int, int]) -> Tensor:
         """In which of the M - 1 steps each weight of a block goes."""
         o = self.options
@@ -106,9 +114,11 @@ class PBS2P(Method):
         keep = ranks >= m - n
         counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
         most = o.salient_max if o.salient else 0
+        # salient by the Hessian whatever metric prunes (STBLLM, Algorithm 2; PBS2P 3.4)
+        salience = block.W.square() / block.U.diagonal().square()
         groups = group_weights(
             block.W,
-            score,
+            salience,
             counted,
             limit=column_limit(most, block.stop - block.start),
             split=Split(o.split_points, o.split_grid, o.sigma),

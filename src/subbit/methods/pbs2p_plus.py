@@ -82,6 +82,7 @@ class PBS2PPlus(PBS2P):
         self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None
     ) -> CompressedLinear:
         factor = factorize(stats.H, self.settings.percdamp)
+        W = factor.live(W)
         if stats.G is None:
             return self._rows(W, stats, nm, factor)
         self.check_outputs()
@@ -98,7 +99,7 @@ class PBS2PPlus(PBS2P):
     def _rows(
         self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None, factor: Factor
     ) -> CompressedLinear:
-        """Compress some rows of a linear."""
+        """Compress some rows of a linear whose dead columns are zero."""
         o, settings = self.options, self.settings
         stored_nm, nm = nm, nm or _KEEP_ALL
         scorer = self._scorer(W, factor, stats)
@@ -107,7 +108,7 @@ class PBS2PPlus(PBS2P):
         fitted: list[CodedBlock] = []  # with float16 parameters, which a pass goes on from
 
         def compress_block(block: BlockView) -> CodedBlock:
-            start = self._start(block, scorer(block), nm)
+            start = self._start(block, self._score(block, W, scorer), nm)
             fitted.append(self._refined(block.W, block.S, start, nm, o.sweeps))
             return as_stored(fitted[-1])
 
@@ -120,7 +121,6 @@ class PBS2PPlus(PBS2P):
             objective=o.objective,
         )
         if o.passes:
-            W = W.masked_fill(factor.dead, 0.0)
             blocks = self._pass_over_all(W, factor.damped(), fitted, nm, as_stored)
         return self._assembled(blocks, stored_nm, factor)
 

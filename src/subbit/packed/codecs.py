@@ -9,11 +9,14 @@ padded with zeros to whole bytes. Byte layouts, by the radix r of the digits:
   word of a row keeps only the bytes that its digits can reach.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "digit_row_bytes",
+    "join",
     "pack_bits",
     "pack_digits",
     "select_rows",
@@ -50,6 +53,14 @@ def digit_row_bytes(count: int, radix: int) -> int:
     per_word = _digits_per_word(radix)
     words, rest = divmod(count, per_word)
     return words * _word_bytes(radix, per_word) + _word_bytes(radix, rest)
+
+
+def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat` of tensors of one dtype, under autocast too, where it refuses 16-bit floats."""
+    dtype = parts[0].dtype
+    if dtype.is_floating_point and dtype.itemsize == 2:
+        return torch.cat([part.view(torch.int16) for part in parts], dim).view(dtype)
+    return torch.cat(list(parts), dim)
 
 
 def select_rows(table: Tensor, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subbit.codes import LevelTable
-from subbit.packed.codecs import unpack_bits, unpack_digits
+from subbit.packed.codecs import join, unpack_bits, unpack_digits
 from subbit.packed.fields import BaseLayout
 from subbit.packed.layout import Layout, Plane, Table
 from subbit.packed.support import damaged, unpack_columns
@@ -16,7 +16,9 @@ __all__ = ["check_tensors", "decode_codes", "decode_elements", "decode_salient",
 
 
 def check_tensors(layout: BaseLayout, tensors: Mapping[str, Tensor]) -> None:
-    """Check names, shapes and dtypes against `layout.fields()`, and that floats are finite.
+    """Check names, shapes and dtypes against `layout.fields()`, and that levels are numbers.
+
+    That is, that floats are finite and no int8 level is -128, with which a kernel's sums overflow.
 
     Raises:
         FormatError: naming the first field at fault.
@@ -36,6 +38,8 @@ def check_tensors(layout: BaseLayout, tensors: Mapping[str, Tensor]) -> None:
             )
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise damaged(name, "holds a value that is not finite")
+        if tensor.dtype == torch.int8 and (tensor == -128).any():
+            raise damaged(name, "holds the level -128; they go from -127 to 127")
 
 
 def decode_salient(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -57,7 +61,7 @@ def decode_levels(table: Table, tensors: Mapping[str, Tensor]) -> LevelTable:
         if integers.amax() >= table.count:
             raise damaged(name, f"holds a number beyond the {table.count} levels")
         integers = integers.view(len(params), table.records, table.integers)
-        params = torch.cat((params, integers.to(params.dtype)), -1)
+        params = join((params, integers.to(params.dtype)), -1)
     elif table.integers:  # one level: its number can only be 0
         params = torch.nn.functional.pad(params, (0, table.integers))
     return LevelTable(table.kind, table.groups, params, tensors.get("scale"))

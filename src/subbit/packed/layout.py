@@ -29,8 +29,8 @@ stream a row:
   other.
 
 With `int8` the levels themselves are stored in place of their parameters: `levels` and
-`salient_levels` are int8 `(rows, groups of columns, L)`, there is no `..._zero`, and `scale`,
-bfloat16 `(rows, groups of columns)`, or with `row_scale` `(rows, 1)`, multiplies both.
+`salient_levels` are int8 `(rows, groups of columns, L)`, from -127 to 127, there is no `..._zero`,
+and `scale`, bfloat16 `(rows, groups of columns)`, or with `row_scale` `(rows, 1)`, multiplies both.
 
 `sparse.py` has the table of 16-bit values under a mask.
 """
@@ -189,16 +189,16 @@ class Layout(BaseLayout):
             raise bad_value("row_scale", self.row_scale, "true or false, and false without groups")
 
     def _check_elements(self) -> None:
+        if self.salient_group_size is not None:
+            check_int("salient_group_size", self.salient_group_size)
+            if self.salient_elements is None:
+                raise bad_value("salient_group_size", self.salient_group_size, "absent")
         if self.salient_elements is not None:
             check_int("salient_elements", self.salient_elements, 1, self.rows * self.cols)
             if self.salient is None or self.tables()[0].count == MAX_LEVELS:
                 raise bad_value(
                     "salient_elements", self.salient_elements, f"with levels, below {MAX_LEVELS}"
                 )
-        if self.salient_group_size is not None:
-            check_int("salient_group_size", self.salient_group_size)
-            if self.salient_elements is None:
-                raise bad_value("salient_group_size", self.salient_group_size, "absent")
 
     @property
     def support(self) -> Support:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from subbit.codes import Compressed
 from subbit.errors import RecipeError
@@ -152,16 +153,25 @@ class PackedLinear(nn.Module):
         return bit_report(layout, columns, kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply in the dtype of x: `(..., cols)` -> `(..., rows)`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.backend == "cpu":
-            buffers = self._buffers  # as attributes they would be found the long way
-            # not by x.requires_grad: tracers and vmap hide that somebody will want the gradient
-            multiply = op.b3_linear if torch.is_grad_enabled() else op.b3_linear_no_grad
-            size = self.out_features, self.in_features
-            y = multiply(x, buffers["tiles"], buffers["flags"], *size, self.planes)
-            return y if bias is None else y + bias
-        return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
+        """Multiply in the dtype of x, or of autocast: `(..., cols)` -> `(..., rows)`."""
+        if torch._C._is_any_autocast_enabled():
+            x = _as_autocast_does(x)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        buffers = self._buffers  # as attributes they would be found the long way
+        tiles = buffers.get("tiles")
+        if tiles is None:
+            return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
+        # not by x.requires_grad: tracers and vmap hide that somebody will want the gradient
+        multiply = op.b3_linear if torch.is_grad_enabled() else op.b3_linear_no_grad
+        weights = tiles, buffers["flags"], self.out_features, self.in_features, self.planes
+        # unpack_dual looks at no more; asked for here, it would cost a part of a small product
+        if getattr(forward_ad, "_current_level", 0) >= 0:
+            y = op.multiply_dual(multiply, x, *weights)
+        else:
+            y = multiply(x, *weights)
+        return y if bias is None else y + bias
 
     @property
     def kept(self) -> Tensor | None:
@@ -227,6 +237,15 @@ class PackedLinear(nn.Module):
             f"stored_bits={self.layout.bits_per_weight:.3f}, bias={self.bias is not None}, "
             f"backend={self.backend}"
         )
+
+
+def _as_autocast_does(x: Tensor) -> Tensor:
+    """The input of a linear in the dtype of autocast, where it is on for x; float64 stays."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    low = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if low else x
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:

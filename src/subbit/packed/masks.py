@@ -4,6 +4,7 @@ A pattern is an M-bit integer, column 0 of the group its lowest bit. The pattern
 ones, in increasing order, are numbered 0, 1, ... C(M, N) - 1; a mask is stored as these numbers.
 """
 
+from functools import cache
 from math import comb
 
 import torch
@@ -33,9 +34,22 @@ def tail_columns(cols: int, n: int, m: int) -> tuple[int, int]:
 
 def patterns(n: int, m: int, device: torch.device | None = None) -> Tensor:
     """All M-bit patterns with N ones in increasing order, bool `(C(M, N), M)`."""
+    if torch.compiler.is_compiling():  # it would look through the cache
+        return _patterns(n, m, device)
+    ones = torch.frombuffer(bytearray(_ones(n, m)), dtype=torch.bool)
+    return ones.view(-1, m).to(device)
+
+
+def _patterns(n: int, m: int, device: torch.device | None) -> Tensor:
     numbers = torch.arange(1 << m, dtype=torch.int32, device=device)
     bits = (numbers[:, None] >> torch.arange(m, dtype=torch.int32, device=device) & 1).bool()
     return bits[bits.sum(-1) == n]
+
+
+@cache
+def _ones(n: int, m: int) -> bytes:
+    """The patterns, a byte an element; a tensor could be changed by others."""
+    return bytes(_patterns(n, m, torch.device("cpu")).flatten().tolist())
 
 
 def mask_to_index(mask: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subbit.codes import Compressed, CompressedLinear, LevelTable, SparseLinear
 from subbit.errors import FormatError
-from subbit.packed.codecs import pack_bits, pack_digits
+from subbit.packed.codecs import join, pack_bits, pack_digits
 from subbit.packed.decode import (
     check_tensors,
     decode_codes,
@@ -25,6 +25,7 @@ __all__ = [
     "AnyLayout",
     "decode_dense",
     "pack",
+    "pack_as",
     "read_layout",
     "row_chunks",
     "slice_rows",
@@ -81,6 +82,18 @@ def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
     if isinstance(linear, SparseLinear):
         return pack_sparse(linear)
     layout = _layout_of(linear)
+    return layout, pack_as(layout, linear)
+
+
+def pack_as(layout: Layout, linear: CompressedLinear) -> dict[str, Tensor]:
+    """The tensors of one linear in a layout that may hold more than it needs, as `pack`.
+
+    Some rows of a linear are packed so: its layout says that weights are pruned, and in these rows
+    none need be.
+
+    Args:
+        layout: what `unpack` gave `linear`, or that of some rows.
+    """
     _check_codes(linear, layout)
     parts = [_pack_rows(layout, linear, start, stop) for start, stop in row_chunks(layout)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -94,7 +107,7 @@ def pack(linear: Compressed) -> tuple[AnyLayout, dict[str, Tensor]]:
         tensors["scale"] = linear.levels.scale
     if linear.column_scale is not None:
         tensors["column_scale"] = linear.column_scale.flatten()
-    return layout, {name: tensors[name].contiguous() for name in layout.fields()}
+    return {name: tensors[name].contiguous() for name in layout.fields()}
 
 
 def unpack(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Compressed:
@@ -107,7 +120,7 @@ def unpack(layout: AnyLayout, tensors: Mapping[str, Tensor]) -> Compressed:
     parts = list(unpack_rows(layout, tensors))
     first = parts[0]
     if isinstance(first, SparseLinear):
-        values = torch.cat([part.values for part in parts])
+        values = join([part.values for part in parts])
         return replace(first, values=values, mask=torch.cat([part.mask for part in parts]))
     levels, *salient_levels = (decode_levels(table, tensors) for table in layout.tables())
     elements = layout.salient_elements is not None
@@ -229,6 +242,12 @@ def _check_levels(table: Table, levels: LevelTable, rows: int) -> None:
     name, params = table.name, levels.params
     width = table.floats + table.integers
     _check_params(name, params, (rows, table.records, width), table.dtype)
+    if table.int8 and (bad := (params == -128).any(-1)).any():
+        row, group = bad.nonzero()[0].tolist()
+        raise FormatError(
+            f"{name}: row {row}, column group {group} holds the int8 level -128; levels go from "
+            "-127 to 127: choose a larger scale."
+        )
     integers = params[..., table.floats :]
     bad = ((integers != integers.round()) | (integers < 0) | (integers >= table.count)).any(-1)
     if bad.any():

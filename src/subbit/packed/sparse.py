@@ -49,7 +49,7 @@ class SparseLayout(BaseLayout):
     def __post_init__(self) -> None:
         for name in ("rows", "cols"):
             check_int(name, getattr(self, name))
-        if self.values not in DTYPES:
+        if not isinstance(self.values, str) or self.values not in DTYPES:
             raise bad_value("values", self.values, f"one of {', '.join(DTYPES)}")
         single = self.support.nm is None and self.kept_columns is None
         if single != (self.elements is not None):

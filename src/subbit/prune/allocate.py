@@ -1,6 +1,8 @@
 """Coarse stage: how many of every M weights each decoder block keeps."""
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, pairwise
 from math import cos, floor, pi
 
 from subbit.errors import RecipeError, nearest
@@ -69,7 +71,8 @@ def allocate_measured(
 
     A linear that keeps n of M is taken to do `damage * losses[n - 1] / losses[N - 1]`. Every linear
     starts with the fewest; then the step that saves most damage for each weight it costs is taken
-    as long as the mean stays at most N: the answer of a small knapsack, but for its last item.
+    as long as the mean stays at most N: the answer of a small knapsack, but for its last items. A
+    linear whose next step is too large for what is left takes no more.
 
     Args:
         damages: what compressing each linear at N:M alone does to the model.
@@ -81,27 +84,49 @@ def allocate_measured(
     """
     n, m = nm
     high, low = min(n + n_high, m), max(n - n_low, 1)
-    curve = _convex([losses[k - 1] for k in range(low, high + 1)])
+    savings = _savings(losses[low - 1 : high])
     base = losses[n - 1] or 1.0
-    steps = sorted(  # most saved for each weight first; of one linear in the order of k
-        (-damage * (curve[k] - curve[k + 1]) / base / size, k, i)
-        for i, (damage, size) in enumerate(zip(damages, sizes, strict=True))
-        for k in range(high - low)
-    )
     kept, left = [low] * len(sizes), (n - low) * sum(sizes)
-    for _, k, i in steps:
-        if kept[i] == low + k and sizes[i] <= left:
+
+    def step(i: int) -> tuple[float, bool, int, int]:
+        """The next step of linear i; those that save most for each weight sort first."""
+        k = kept[i] - low
+        new = k == 0 or savings[k] != savings[k - 1]  # a stretch that was begun is ended first
+        return -damages[i] * savings[k] / base / sizes[i], new, k, i
+
+    steps = [step(i) for i in range(len(sizes))] if low < high else []
+    heapify(steps)
+    while steps:
+        i = heappop(steps)[-1]
+        if sizes[i] <= left:
             kept[i], left = kept[i] + 1, left - sizes[i]
+            if kept[i] < high:
+                heappush(steps, step(i))
     return kept
 
 
-def _convex(values: Sequence[float]) -> list[float]:
-    """The greatest convex falling curve below some values."""
-    curve = [min(values[: i + 1]) for i in range(len(values))]
-    for _ in curve:
-        for i in range(1, len(curve) - 1):
-            curve[i] = min(curve[i], (curve[i - 1] + curve[i + 1]) / 2)
-    return curve
+def _savings(values: Sequence[float]) -> list[float]:
+    """What each step saves along the greatest convex falling curve below some values.
+
+    That is their lower hull, once they are made to fall: along a stretch of it every step saves the
+    same.
+    """
+    falling = list(accumulate(values, min))
+    corners: list[int] = []
+    for i in range(len(falling)):
+        while len(corners) > 1 and _above(falling, corners[-2], corners[-1], i):
+            corners.pop()
+        corners.append(i)
+    savings: list[float] = []
+    for left, right in pairwise(corners):
+        savings += [(falling[left] - falling[right]) / (right - left)] * (right - left)
+    return savings
+
+
+def _above(values: Sequence[float], left: int, middle: int, right: int) -> bool:
+    """Whether a value is not below the line between two others."""
+    rise = values[right] - values[left]
+    return (values[middle] - values[left]) * (right - left) >= rise * (middle - left)
 
 
 def mean_kept(kept: Sequence[float], sizes: Sequence[int]) -> float:

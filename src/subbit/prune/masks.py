@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 __all__ = ["keep_mask", "ranks_in_groups"]
 
+_AT_ONCE = 1 << 23  # comparisons of two scores that are held at a time
+
 
 def ranks_in_groups(scores: Tensor, m: int) -> Tensor:
     """Rank the scores inside every group of `m` consecutive columns; 0 = pruned first.
@@ -20,6 +22,14 @@ def ranks_in_groups(scores: Tensor, m: int) -> Tensor:
     Returns:
         uint8 `(rows, cols)` in 0..m-1.
     """
+    step = max(1, _AT_ONCE // (m * max(scores.shape[1], 1)))
+    if len(scores) <= step:
+        return _ranks(scores, m)
+    return torch.cat([_ranks(part, m) for part in scores.split(step)])
+
+
+def _ranks(scores: Tensor, m: int) -> Tensor:
+    """The ranks of some rows: every score is compared with all of its group."""
     rows, cols = scores.shape
     padding = -cols % m
     groups = F.pad(scores, (0, padding), value=-torch.inf).view(rows, -1, m)

@@ -37,11 +37,11 @@ def select(
     """
     if pruning == "semi-structured":
         return keep_mask(scores, nm)
-    if pruning == "structured":
-        return _highest(scores.sum(0, dtype=torch.float64)[None], nm).expand_as(scores)
-    if pruning == "unstructured":
-        return _highest(scores if by_row else scores.reshape(1, -1), nm).view_as(scores)
-    raise RecipeError(f"unknown pruning '{pruning}'{nearest(pruning, PRUNING)}")
+    values = _compared(scores, pruning, by_row)
+    count = values.shape[-1]
+    order = values.argsort(dim=-1, stable=True)[..., count - kept_count(count, nm) :]
+    mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True)
+    return _spread(mask, scores)
 
 
 def pruning_ranks(
@@ -67,10 +67,16 @@ def pruning_ranks(
     m = nm[1]
     if pruning == "semi-structured":
         return ranks_in_groups(scores, m)
-    ranks = torch.zeros_like(scores, dtype=torch.uint8)
-    for step in range(1, m):
-        ranks += select(scores, (m - step, m), pruning, by_row=by_row)
-    return ranks
+    values = _compared(scores, pruning, by_row)
+    count = values.shape[-1]
+    left = [count - kept_count(count, (m - step, m)) for step in range(1, m)]
+    # the score in place p of the ascending order outlasts the steps that prune p of them at most
+    place = torch.arange(count, device=scores.device)
+    step = torch.bucketize(place, torch.tensor(left, device=scores.device), right=True)
+    ranks = torch.empty_like(values, dtype=torch.uint8)
+    order = values.argsort(dim=-1, stable=True)
+    ranks.scatter_(-1, order, step.to(torch.uint8).expand_as(order))
+    return _spread(ranks, scores)
 
 
 def structure(nm: tuple[int, int] | None, pruning: str) -> tuple[tuple[int, int] | None, bool]:
@@ -79,9 +85,16 @@ def structure(nm: tuple[int, int] | None, pruning: str) -> tuple[tuple[int, int]
     return nm if semi else None, nm is not None and pruning == "structured"
 
 
-def _highest(scores: Tensor, nm: tuple[int, int]) -> Tensor:
-    """The highest of every row."""
-    order = scores.argsort(dim=-1, stable=True)
-    count = scores.shape[-1]
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., count - kept_count(count, nm) :], True)
+def _compared(scores: Tensor, pruning: str, by_row: bool) -> Tensor:
+    """What is compared along the last dimension: column sums, or the scores of a row or of all."""
+    if pruning == "structured":
+        return scores.sum(0, dtype=torch.float64)[None]
+    if pruning == "unstructured":
+        return scores if by_row else scores.reshape(1, -1)
+    raise RecipeError(f"unknown pruning '{pruning}'{nearest(pruning, PRUNING)}")
+
+
+def _spread(found: Tensor, scores: Tensor) -> Tensor:
+    """What was found for `_compared`, for every weight `(rows, cols)`."""
+    columns = found.numel() < scores.numel()
+    return found.expand_as(scores) if columns else found.view_as(scores)

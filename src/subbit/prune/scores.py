@@ -93,9 +93,13 @@ def _hessian_denominator(U: Tensor, reading: str) -> Tensor:
 
 
 def standardized_importance(W: Tensor, input_norm: Tensor) -> Tensor:
-    """STBLLM Eq. 3: standardised L1-relative magnitude times the input norm; `(rows, cols)`."""
+    """STBLLM Eq. 3: standardised L1-relative magnitude times the input norm; `(rows, cols)`.
+
+    0 where all weights are alike, a single one included.
+    """
     relative = _relative_magnitude(W)
-    spread = relative.std().clamp_min(torch.finfo(W.dtype).tiny)
+    single = relative.numel() == 1  # it is its own mean, and its deviation is 0 / 0
+    spread = relative.std(correction=0 if single else 1).clamp_min(torch.finfo(W.dtype).tiny)
     return (relative - relative.mean()) / spread * input_norm
 
 

@@ -99,8 +99,10 @@ bool make_shape(int64_t rows, int64_t cols, int64_t bytes, const uint8_t* flags,
     s->bits = bytes == s->strips * stride_of<B2>(s->full, s->half) ? 2 : 3;
     s->stride = s->bits == 2 ? stride_of<B2>(s->full, s->half) : stride_of<B3>(s->full, s->half);
     if (bytes != s->strips * s->stride || flag_bytes != s->width() + 1) return false;
-    s->salient = false;
-    for (int64_t i = 0; i < s->width(); i++) s->salient |= flags[i] != 0;
+    uint8_t seen = 0;
+    for (int64_t i = 0; i < s->width(); i++) seen |= flags[i];
+    if (seen & ~8) return false;  // code | flag is looked up in a table of sixteen
+    s->salient = seen != 0;
     if (s->bits == 2 && (s->salient || flags[s->width()])) return false;
     s->places = kPlaces[s->bits == 2 ? 2 : flags[s->width()] != 0];
     return true;
@@ -923,7 +925,7 @@ INLINE int32x4_t dot_neon(int32x4_t sum, int8x16_t w, int8x16_t x) {
 
 INLINE int32x4_t dot_armv82(int32x4_t sum, int8x16_t w, int8x16_t x) {
     // spelled out: its intrinsic needs a target that ordinary code cannot inline
-    __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+    __asm__(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
     return sum;
 }
 

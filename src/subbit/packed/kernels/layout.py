@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 from subbit.codes import CompressedLinear, LevelTable
+from subbit.packed.codecs import join
 from subbit.packed.decode import check_tensors
 from subbit.packed.layout import Layout
-from subbit.packed.pack import AnyLayout, pack, slice_rows, unpack
+from subbit.packed.pack import AnyLayout, pack_as, slice_rows, unpack
 
 __all__ = [
     "BLOCK",
@@ -204,11 +205,9 @@ def collapse(layout: Layout, tiles: Tensor, flags: Tensor) -> dict[str, Tensor]:
     for start, stop in _chunks(layout.rows, layout.cols):
         own = replace(layout, rows=stop - start)
         found = _rows_of(form, tiles, layout.cols, start, stop)
-        parts.append(pack(_compressed(own, *found, flags))[1])
+        parts.append(pack_as(own, _compressed(own, *found, flags)))
     return {
-        name: parts[0][name]
-        if name == "salient"
-        else torch.cat([part[name] for part in parts]).contiguous()
+        name: parts[0][name] if name == "salient" else join([part[name] for part in parts])
         for name in layout.fields()
     }
 

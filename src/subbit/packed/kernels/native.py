@@ -41,7 +41,7 @@ _WORTHWHILE = {
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LINEAR = struct.Struct("@PqqPqPqqqPqqq")  # `Linear` in b3.cpp: one argument is soon handed over
-_ERRORS = {1: "sizes that do not fit", 2: "no memory", 3: "an unknown instruction set"}
+_ERRORS = {1: "sizes or flags that do not fit", 2: "no memory", 3: "an unknown instruction set"}
 
 
 @cache

@@ -2,6 +2,7 @@
 
 `subbit::b3_linear_no_grad` is the same without a derivative, for `torch.no_grad()`. Where there is
 one, torch decides in Python whether it is wanted, which takes as long as a small product.
+Tangents of forward-mode AD are lost in both operators; `multiply_dual` has them.
 
 Few vectors go through the compiled kernel, which reads the codes themselves; with AMX any number
 does. More, or any number without a compiled kernel, are multiplied by torch with panels of 512
@@ -9,13 +10,16 @@ decoded rows for each thread, 2048 at most: one panel is written again and again
 stays in the cache and its pages are asked for once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from subbit.packed.kernels import native
 from subbit.packed.kernels.layout import check_sizes, dense_rows
 
-__all__ = ["b3_linear", "b3_linear_no_grad", "decode"]
+__all__ = ["b3_linear", "b3_linear_no_grad", "decode", "multiply_dual"]
 
 _PANEL_ROWS, _MOST_PANEL_ROWS = 512, 2048
 
@@ -99,11 +103,26 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     tiles, flags = ctx.saved_tensors
-    out = grad.new_zeros(*grad.shape[:-1], ctx.cols)
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    y = grad.to(wide)  # a sum over panels must not be rounded after each of them
+    out = y.new_zeros(*y.shape[:-1], ctx.cols)
     for start, stop in _panels(ctx.rows):
-        panel = decode(tiles, flags, ctx.rows, ctx.cols, start, stop, grad.dtype)
-        out += grad[..., start:stop] @ panel
-    return out, None, None, None, None, None
+        panel = decode(tiles, flags, ctx.rows, ctx.cols, start, stop, wide)
+        out += y[..., start:stop] @ panel
+    return out.to(grad.dtype), None, None, None, None, None
+
+
+def multiply_dual(multiply: Callable[..., Tensor], x: Tensor, *weights: Tensor | int) -> Tensor:
+    """`multiply(x, *weights)` under forward-mode AD, which cannot look into the operators.
+
+    A product is linear in x: its tangent is the product of the tangent of x.
+
+    Args:
+        multiply: one of the operators.
+    """
+    value, tangent = forward_ad.unpack_dual(x)
+    y = multiply(value, *weights)
+    return y if tangent is None else forward_ad.make_dual(y, multiply(tangent, *weights))
 
 
 for _name in ("b3_linear", "b3_linear_no_grad"):
