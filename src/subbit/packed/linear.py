@@ -20,6 +20,9 @@ __all__ = ["BACKENDS", "PackedLinear", "dense_cache", "packed_modules"]
 
 BACKENDS = ("reference", "cpu")
 
+# Asked for at every product: torch's public question, device by device, takes several times as long
+_autocast_anywhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
 
 class PackedLinear(nn.Module):
     """`y = x Wᵀ + bias` with W held as the fields of a `Layout`.
@@ -154,7 +157,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the dtype of x, or of autocast: `(..., cols)` -> `(..., rows)`."""
-        if torch._C._is_any_autocast_enabled():
+        if _autocast_anywhere():
             x = _as_autocast_does(x)
         bias = self.bias
         if bias is not None:
