@@ -344,6 +344,7 @@ class _Job:
         kept = self._coarse_stage(calls, hidden, bar)
         log = self._open_log()
         count = len(self.blocks.modules)
+        whole = self._committed >= count  # then nobody reads the compressed model's hidden states
         bar.phase("compressing")
         for i, block in enumerate(self.blocks.modules):
             bar.update(block=i + 1, nblocks=count)
@@ -354,7 +355,9 @@ class _Job:
                 bar.skip(self._steps_of_block(i))
             else:
                 self._compress_block(i, calibrator, None if kept is None else kept[i], bar, log)
-            if i + 1 < count and not self._is_done:  # nobody looks at what the last one puts out
+            if whole:
+                bar.skip(len(self.tokens))
+            elif i + 1 < count:  # nobody looks at what the last one puts out
                 with self._stage("propagate"), dense_cache(block):
                     calibrator.propagate(i, bar.advance)
         if self.recipe.refit.model_steps:

@@ -6,7 +6,6 @@ and are checked by the method's own model.
 """
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -27,7 +26,14 @@ from pydantic import (
 
 from subbit.errors import RecipeError, nearest
 
-__all__ = ["CalibrationSpec", "CoarseSpec", "Recipe", "list_recipes", "load_recipe"]
+__all__ = [
+    "CalibrationSpec",
+    "CoarseSpec",
+    "Recipe",
+    "list_recipes",
+    "load_recipe",
+    "recipe_yaml",
+]
 
 MAX_M = 16
 
@@ -45,14 +51,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    """Quotes what either YAML takes for a number: `6:8` is one in 1.1."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if not rule[0].endswith((":int", ":float"))]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
 for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {
-        first: [rule for rule in rules if not rule[0].endswith((":int", ":float"))]
-        for first, rules in _class.yaml_implicit_resolvers.items()
-    }
     for _tag, _pattern in _NUMBERS.items():
         _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789")
@@ -296,14 +302,12 @@ class Recipe(_Spec):
 
     def to_yaml(self) -> str:
         """Return the whole recipe as YAML that `load_recipe` reads back to an equal recipe."""
-        data = self.model_dump(mode="json")
-        return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+        return recipe_yaml(self.model_dump(mode="json"))
 
-    def digest(self) -> str:
-        """Return the sha256 (hex) of the recipe as canonical JSON."""
-        data = self.model_dump(mode="json")
-        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+
+def recipe_yaml(data: dict[str, Any]) -> str:
+    """Return a dumped recipe as YAML that `load_recipe` reads back."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

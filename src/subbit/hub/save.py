@@ -7,7 +7,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import transformers
-import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from subbit.hub.manifest import write_manifest
 from subbit.hub.quantizer import attach
 from subbit.packed.linear import packed_modules
 from subbit.quiet import quiet_transformers
+from subbit.recipe import recipe_yaml
 
 __all__ = ["save_packed"]
 
@@ -88,9 +88,7 @@ def save_packed(
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     remote_code = _write_modeling(model, out)
-    (out / "recipe.yaml").write_text(
-        yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    (out / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
     facts = inspect_folder(out) | {"recipe": recipe, "calibration": calibration}
     card = model_card(facts, remote_code=remote_code)
     (out / "README.md").write_text(card, encoding="utf-8")

@@ -148,11 +148,6 @@ class Progress:
         self._skipped += steps
         self.advance(steps)
 
-    def line(self, text: str) -> None:
-        """Print one line of text above the bar."""
-        if self._enabled:
-            self._console.print(Text(text))
-
     def _end_block(self) -> None:
         if self._block is not None and self._bar is None:
             loss = sum(self._losses) / len(self._losses) if self._losses else None
