@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_models import logits, packed_names
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import subbit.hub.load
 from subbit.errors import FormatError, ModelError, RecipeError
+from subbit.hub import fetch
 from subbit.hub.headers import read_header
 from subbit.hub.load import is_packed, load, load_tokenizer
 from subbit.hub.manifest import MANIFEST, write_manifest
@@ -277,6 +279,25 @@ def test_a_config_that_is_no_json_is_refused(folders, copy_of):
 def test_unknown_options_are_named(options, what, folders):
     with pytest.raises(RecipeError, match=f"unknown d.* '{what}'"):
         load(folders("llama"), **options)
+
+
+def test_what_a_hub_id_is_told_by_its_config(monkeypatch, folders, tmp_path):
+    def answer(found):
+        def download(hub_id, name):
+            if isinstance(found, Exception):
+                raise found
+            return str(found / name)
+
+        monkeypatch.setattr(fetch, "hf_hub_download", download)
+        return fetch.is_packed_on_hub("someone/packed")
+
+    assert answer(folders("llama"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert not answer(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert answer(tmp_path)  # loading it says what is wrong
+    assert not answer(EntryNotFoundError("none")) and not answer(OSError("no network"))
+    assert not fetch.is_packed_on_hub("../somewhere") and not fetch.is_packed_on_hub(str(tmp_path))
 
 
 def test_a_hub_id_without_network_is_one_clear_sentence(monkeypatch):

@@ -57,7 +57,7 @@ def is_packed_on_hub(hub_id: str) -> bool:
         read_config(Path(hf_hub_download(hub_id, "config.json")).parent)
     except FormatError:  # a packed model all the same; loading it says what is wrong
         return True
-    except (ModelError, HFValidationError, OSError):
+    except (ModelError, EntryNotFoundError, HFValidationError, OSError):
         return False
     return True
 
