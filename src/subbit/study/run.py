@@ -85,7 +85,7 @@ def run_study(
             try:
                 figure = folder / "figure.png"
                 write_atomic(figure, lambda path: draw(study.title, records, path))
-            except StudyError as error:
+            except SubbitError as error:
                 failures["figure"] = _reason(error)
     return StudyResult(table, failures)
 
