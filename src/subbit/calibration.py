@@ -104,9 +104,9 @@ class Calibrator:
         groups = (list(found.groups) if self.sequential else [sum(found.groups, ())]) or [()]
         original = None if self.originals is None else copy.deepcopy(self.blocks.modules[i])
         for number, names in enumerate(groups, 1):
-            last = number == len(groups)
-            looks = self._look_at_originals(i, original, names, found, last, advance)
-            yield self._look(i, names, found, looks, advance)
+            pairs, last = self._pairs(names, found), number == len(groups)
+            looks = self._look_at_originals(i, original, pairs, found, last, advance)
+            yield self._look(i, names, pairs, found, looks, advance)
 
     def target(self, W: Tensor, statistics: GramAccumulator) -> Tensor:
         """What to compress a weight `(rows, cols)` float32 towards."""
@@ -170,7 +170,7 @@ class Calibrator:
         self,
         i: int,
         original: nn.Module | None,
-        names: tuple[str, ...],
+        pairs: tuple[str, ...],
         found: Wiring,
         last: bool,
         advance: Advance,
@@ -180,7 +180,6 @@ class Calibrator:
         Nothing is kept for all windows at once: the original block is run anew for every round, in
         the last one to its end, and then its hidden states take the place of those that enter it.
         """
-        pairs = self._pairs(names, found)
         if original is None or not (pairs or last):
             yield from repeat(None, len(self.hidden))
             return
@@ -203,6 +202,7 @@ class Calibrator:
         self,
         i: int,
         names: tuple[str, ...],
+        pairs: tuple[str, ...],
         found: Wiring,
         originals: Iterator[Look | None],
         advance: Advance,
@@ -211,7 +211,6 @@ class Calibrator:
         groups = [group for group in found.groups if group[0] in names]
         leaders = [group[0] for group in groups]
         matters = {group[0]: self._matters(i, group) for group in groups}
-        pairs = () if self.originals is None else self._pairs(names, found)
         statistics: Statistics = {}
         looks = look_at_windows(
             self.blocks.modules[i],

@@ -51,7 +51,7 @@ from subbit.packed.layout import FORMAT_VERSION
 from subbit.packed.linear import PackedLinear, dense_cache, packed_modules
 from subbit.places import parse_device, parse_dtype
 from subbit.recipe import Recipe, load_recipe
-from subbit.refit import JUDGED, Refit, refit_block, refit_model
+from subbit.refit import JUDGED, STEP, Refit, refit_block, refit_model
 from subbit.run.commits import Workdir, check_output
 from subbit.run.log import LinearLog
 from subbit.run.memory import peak_rss_bytes
@@ -319,7 +319,7 @@ class _Job:
     def _steps_of_model(self) -> int:
         """Steps of refitting all blocks together."""
         steps, judged = self.recipe.refit.model_steps, 2 * min(JUDGED, len(self.tokens))
-        return len(self.blocks.modules) * (4 * steps + judged) if steps else 0
+        return len(self.blocks.modules) * (STEP * steps + judged) if steps else 0
 
     def _steps_of_block(self, i: int) -> int:
         """Steps of compressing one block, without propagation."""

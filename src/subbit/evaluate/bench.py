@@ -187,8 +187,8 @@ def _backend(model: nn.Module) -> str:
 
 def _rates(model: PreTrainedModel, prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    prompt = min(prompt, context or prompt)
-    new_tokens = min(new_tokens, max(1, (context or new_tokens + speed.FIRST) - speed.FIRST))
+    if context:
+        prompt, new_tokens = min(prompt, context), min(new_tokens, max(1, context - speed.FIRST))
     decode = speed.decoding(model, new_tokens, repeats)
     nbytes = speed.token_bytes(model)
     return {

@@ -101,12 +101,10 @@ def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
     before = model.generation_config
     try:
         if before is not None and not _is_valid(before):
-            model.generation_config = GenerationConfig(
-                **before.to_diff_dict() | {"do_sample": True}
-            )
-        if before is not None and not _is_valid(model.generation_config):
+            mended = GenerationConfig(**before.to_diff_dict() | {"do_sample": True})
             ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-            model.generation_config = GenerationConfig(**{key: getattr(before, key) for key in ids})
+            bare = GenerationConfig(**{key: getattr(before, key) for key in ids})
+            model.generation_config = mended if _is_valid(mended) else bare
         yield
     finally:
         model.generation_config = before

@@ -51,7 +51,7 @@ class LoadedModel:
 def load_model(
     source: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,

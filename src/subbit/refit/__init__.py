@@ -5,7 +5,7 @@ then all blocks together. Codes and masks stay what they are, and so do the bits
 """
 
 from subbit.refit.block import refit_block
-from subbit.refit.model import refit_model
+from subbit.refit.model import STEP, refit_model
 from subbit.refit.tuned import JUDGED, Refit, loose_tensors
 
-__all__ = ["JUDGED", "Refit", "loose_tensors", "refit_block", "refit_model"]
+__all__ = ["JUDGED", "STEP", "Refit", "loose_tensors", "refit_block", "refit_model"]

@@ -18,13 +18,14 @@ from subbit.recipe import RefitSpec
 from subbit.refit.adam import Adam
 from subbit.refit.tuned import JUDGED, Learner, Refit, tune
 
-__all__ = ["Shelf", "refit_model"]
+__all__ = ["STEP", "Shelf", "refit_model"]
 
 Advance = Callable[[int], None] | None
 
+STEP = 4  # runs of a window through every block that a step counts for: there and back
+
 _KEPT = "refit-steps"
 _KEPT_EVERY = 120.0  # seconds
-_STEP = 4  # runs of a window through every block that a step counts for: there and back
 
 
 class Shelf(Protocol):
@@ -146,7 +147,7 @@ class _Job:
         found = None if self.shelf is None else self.shelf.fetch_tensors(_KEPT)
         if found is not None:
             optimizer.take_up(*found)
-            self.skip(_STEP * len(self.learners) * optimizer.done)
+            self.skip(STEP * len(self.learners) * optimizer.done)
 
     def settle(self) -> bool:
         """Put what was learned in place as it is stored; False if some of it cannot be."""
