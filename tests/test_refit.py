@@ -101,11 +101,11 @@ def test_every_kind_of_result_can_be_refitted_and_saved(recipe, overrides, text,
 
 
 def test_an_interrupted_refit_resumes_to_the_same_bytes(text, tmp_path, monkeypatch):
-    from subbit import compression
+    from subbit import job
 
     model = tiny_model("gpt2")  # has biases, inside its linears and outside
     whole = compress(copy.deepcopy(model), text, tokenizer=tiny_tokenizer(), overrides=REFIT)
-    real, calls = compression.refit_block, []
+    real, calls = job.refit_block, []
 
     def second_fails(*args, **kwargs):
         calls.append(args)
@@ -113,12 +113,12 @@ def test_an_interrupted_refit_resumes_to_the_same_bytes(text, tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compression, "refit_block", second_fails)
+    monkeypatch.setattr(job, "refit_block", second_fails)
     out = tmp_path / "out"
     kwargs = {"tokenizer": tiny_tokenizer(), "overrides": REFIT, "out": out}
     with pytest.raises(KeyboardInterrupt):
         compress(copy.deepcopy(model), text, **kwargs)
-    monkeypatch.setattr(compression, "refit_block", real)
+    monkeypatch.setattr(job, "refit_block", real)
     resumed = compress(copy.deepcopy(model), text, resume="required", **kwargs)
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -229,14 +229,15 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
 def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
     fails, learns_from, text, tmp_path, monkeypatch
 ):
-    from subbit import compression
+    from subbit import committed, job
     from subbit.text import sample
 
     model = tiny_model("gpt2")
     changes = [*REFIT, *MODEL[1:], f"refit.model_text={learns_from}"]
     kwargs = {"tokenizer": tiny_tokenizer(), "overrides": changes}
     whole = compress(copy.deepcopy(model), text, **kwargs)
-    real, calls = getattr(compression, fails), []
+    place = {"refit_model": job, "commit_of": committed}[fails]
+    real, calls = getattr(place, fails), []
     last = 1 if fails == "refit_model" else len(model.transformer.h) + 2
 
     def fail(*args, **kwargs):
@@ -245,11 +246,11 @@ def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compression, fails, fail)
+    monkeypatch.setattr(place, fails, fail)
     kwargs["out"] = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         compress(copy.deepcopy(model), text, **kwargs)
-    monkeypatch.setattr(compression, fails, real)
+    monkeypatch.setattr(place, fails, real)
     monkeypatch.setattr(sample, "_continue", None)  # what was written is kept
     resumed = compress(copy.deepcopy(model), text, resume="required", **kwargs)
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
@@ -297,15 +298,15 @@ def test_nothing_to_learn_is_no_error(refit, text):
 
 
 def test_the_model_learns_from_what_it_writes(text, monkeypatch):
-    from subbit import compression
+    from subbit import job
 
-    seen, real = [], compression.refit_model
+    seen, real = [], job.refit_model
 
     def watched(model, blocks, linears, hidden, target, calls, spec, order, **kwargs):
         seen.append((hidden, target, order))
         return real(model, blocks, linears, hidden, target, calls, spec, order, **kwargs)
 
-    monkeypatch.setattr(compression, "refit_model", watched)
+    monkeypatch.setattr(job, "refit_model", watched)
     for learns_from in ("calibration", "sampled"):
         done = fitted("llama", text, *MODEL, f"refit.model_text={learns_from}")
         (line,) = refit_lines(done)
@@ -326,17 +327,17 @@ def test_the_model_learns_from_what_it_writes(text, monkeypatch):
 
 
 def test_a_finished_refit_of_the_model_is_not_done_again(text, tmp_path, monkeypatch):
-    from subbit import compression
+    from subbit import job
 
     kwargs = {"tokenizer": tiny_tokenizer(), "overrides": MODEL, "out": tmp_path / "out"}
     whole = compress(tiny_model("llama"), text, **kwargs | {"out": None})
-    monkeypatch.setattr(compression.Workdir, "publish", lambda *args: 1 / 0)
+    monkeypatch.setattr(job.Workdir, "publish", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(tiny_model("llama"), text, **kwargs)
     monkeypatch.undo()
-    monkeypatch.setattr(compression, "refit_model", None)
+    monkeypatch.setattr(job, "refit_model", None)
     for step in ("propagate", "propagate_original"):  # nor is any block run
-        monkeypatch.setattr(compression.Calibrator, step, None)
+        monkeypatch.setattr(job.Calibrator, step, None)
     resumed = compress(tiny_model("llama"), text, resume="required", **kwargs)
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -367,20 +368,20 @@ def test_what_is_skipped_stays_as_it_is(refit, text):
 
 
 def test_dense_weights_are_gone_when_all_blocks_are_refitted(text, monkeypatch):
-    from subbit import compression
+    from subbit import job
 
     model = tiny_model("llama")
     linears = [m for block in find_blocks(model).modules for m in find_linears(block).values()]
     dense = [weakref.ref(linear) for linear in linears]
     del linears
-    alive, real = [], compression.refit_model
+    alive, real = [], job.refit_model
 
     def watched(*args, **kwargs):
         gc.collect()
         alive.append(sum(linear() is not None for linear in dense))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compression, "refit_model", watched)
+    monkeypatch.setattr(job, "refit_model", watched)
     compress(model, text, tokenizer=tiny_tokenizer(), overrides=MODEL)
     assert alive == [0]
 
