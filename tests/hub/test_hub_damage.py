@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_models import logits, packed_names
@@ -296,7 +296,10 @@ def test_what_a_hub_id_is_told_by_its_config(monkeypatch, folders, tmp_path):
     assert not answer(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert answer(tmp_path)  # loading it says what is wrong
-    assert not answer(EntryNotFoundError("none")) and not answer(OSError("no network"))
+    assert not answer(EntryNotFoundError("none"))
+    for failure in (LocalEntryNotFoundError("none here"), OSError("no network")):
+        with pytest.raises(ModelError, match=r"'someone/packed'.*cannot be reached"):
+            answer(failure)  # asking twice would mean waiting twice
     assert not fetch.is_packed_on_hub("../somewhere") and not fetch.is_packed_on_hub(str(tmp_path))
 
 

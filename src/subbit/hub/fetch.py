@@ -34,7 +34,7 @@ def local_folder(path: str | Path) -> Path:
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise ModelError(f"'{path}' is not a folder; give a packed model's folder or a hub id.")
     try:
-        read_config(Path(hf_hub_download(str(path), "config.json")).parent)
+        read_config(_with_config(str(path)))
         return Path(snapshot_download(str(path)))
     except LocalEntryNotFoundError as error:
         raise _unreachable(path) from error
@@ -49,17 +49,33 @@ def local_folder(path: str | Path) -> Path:
 def is_packed_on_hub(hub_id: str) -> bool:
     """Whether a hub id is that of a packed model; only its config.json is fetched.
 
-    False also where there is no such model or no network: whoever loads it says so.
+    False also where there is no such model: whoever loads it says so.
+
+    Raises:
+        ModelError: the hub cannot be reached, and nothing of the model was fetched earlier.
     """
     if Path(hub_id).exists() or not _HUB_ID.fullmatch(hub_id):
         return False
     try:
-        read_config(Path(hf_hub_download(hub_id, "config.json")).parent)
+        folder = _with_config(hub_id)
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(hub_id) from error
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return False
+    except OSError as error:
+        raise _unreachable(hub_id) from error
+    try:
+        read_config(folder)
     except FormatError:  # a packed model all the same; loading it says what is wrong
         return True
-    except (ModelError, EntryNotFoundError, HFValidationError, OSError):
+    except ModelError:
         return False
     return True
+
+
+def _with_config(hub_id: str) -> Path:
+    """The folder that config.json of a hub id is fetched to."""
+    return Path(hf_hub_download(hub_id, "config.json")).parent
 
 
 def _unreachable(path: str | Path) -> ModelError:
