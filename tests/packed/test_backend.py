@@ -2,16 +2,20 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from int8_examples import make_int8
 from packed_examples import make_linear
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subbit.errors import FormatError, RecipeError
 from subbit.packed import PackedLinear
+from subbit.packed.kernels import op
 
 
 def module(backend="cpu", dtype=torch.float32, **options) -> PackedLinear:
@@ -131,6 +135,60 @@ def test_torch_compile(batch):
     made = module()
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x(batch)), made(x(batch)))
+
+
+class Watching(TorchDispatchMode):
+    """A mode such as profilers and counters have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode, Watching])
+def test_a_plain_product_goes_past_the_dispatcher(mode, monkeypatch):
+    made, inputs, ways = module(), x(1), []
+    wanted = made(inputs)
+    operator = op.b3_linear_no_grad
+
+    def seen(*args):
+        ways.append("operator")
+        return operator(*args)
+
+    monkeypatch.setattr(op, "b3_linear_no_grad", seen)
+    with mode():
+        assert torch.equal(made(inputs), wanted)
+    assert ways == (["operator"] if mode is Watching else [])
+
+
+@torch.no_grad()
+def test_what_somebody_watches_is_not_plain():
+    inputs, found = x(1), {}
+    assert op._is_plain(inputs) and op._is_plain(inputs.bfloat16() + 1)
+
+    def note(name):
+        def look(inputs):
+            found[name] = op._is_plain(inputs)
+            return inputs + 1
+
+        return look
+
+    make_fx(note("make_fx"))(inputs)
+    torch.vmap(note("vmap"))(inputs)
+    torch.func.jvp(note("jvp"), (inputs,), (inputs,))
+    torch.func.functionalize(note("functionalize"))(inputs)
+    torch.jit.trace(note("trace"), inputs, check_trace=False)
+    with FakeTensorMode() as mode:
+        note("fake")(mode.from_tensor(inputs))
+        note("under a fake mode")(torch.ones(2))
+    with torch.profiler.profile():
+        note("profiled")(inputs)
+    with torch.device("meta"):
+        note("under a function mode")(inputs)
+    note("meta")(inputs.to("meta"))
+    note("lazily negated")(torch._neg_view(inputs))
+    note("subclass")(inputs.as_subclass(type("Own", (torch.Tensor,), {})))
+    assert len(found) == 12 and not any(found.values()), found
 
 
 def test_a_tracer_sees_the_operator():

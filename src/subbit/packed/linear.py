@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from subbit.codes import Compressed
 from subbit.errors import RecipeError
@@ -166,14 +165,9 @@ class PackedLinear(nn.Module):
         tiles = buffers.get("tiles")
         if tiles is None:
             return nn.functional.linear(x, self._dense_weight(x.dtype), bias)
-        # not by x.requires_grad: tracers and vmap hide that somebody will want the gradient
-        multiply = op.b3_linear if torch.is_grad_enabled() else op.b3_linear_no_grad
-        weights = tiles, buffers["flags"], self.out_features, self.in_features, self.planes
-        # unpack_dual looks at no more; asked for here, it would cost a part of a small product
-        if getattr(forward_ad, "_current_level", 0) >= 0:
-            y = op.multiply_dual(multiply, x, *weights)
-        else:
-            y = multiply(x, *weights)
+        y = op.multiply(
+            x, tiles, buffers["flags"], self.out_features, self.in_features, self.planes
+        )
         return y if bias is None else y + bias
 
     @property

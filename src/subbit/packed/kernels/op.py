@@ -4,6 +4,9 @@
 one, torch decides in Python whether it is wanted, which takes as long as a small product.
 Tangents of forward-mode AD are lost in both operators; `multiply_dual` has them.
 
+`multiply` is what a linear calls. Where nobody could tell the difference it goes past torch's
+dispatcher, which takes half as long as the product of a small model's linear.
+
 Few vectors go through the compiled kernel, which reads the codes themselves; with AMX any number
 does. More, or any number without a compiled kernel, are multiplied by torch with panels of 512
 decoded rows for each thread, 2048 at most: one panel is written again and again, so that much of it
@@ -19,7 +22,7 @@ from torch.autograd import forward_ad
 from subbit.packed.kernels import native
 from subbit.packed.kernels.layout import check_sizes, dense_rows
 
-__all__ = ["b3_linear", "b3_linear_no_grad", "decode", "multiply_dual"]
+__all__ = ["b3_linear", "b3_linear_no_grad", "decode", "multiply"]
 
 _PANEL_ROWS, _MOST_PANEL_ROWS = 512, 2048
 
@@ -112,17 +115,17 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return out.to(grad.dtype), None, None, None, None, None
 
 
-def multiply_dual(multiply: Callable[..., Tensor], x: Tensor, *weights: Tensor | int) -> Tensor:
-    """`multiply(x, *weights)` under forward-mode AD, which cannot look into the operators.
+def multiply_dual(product: Callable[..., Tensor], x: Tensor, *weights: Tensor | int) -> Tensor:
+    """`product(x, *weights)` under forward-mode AD, which cannot look into the operators.
 
     A product is linear in x: its tangent is the product of the tangent of x.
 
     Args:
-        multiply: one of the operators.
+        product: one of the operators.
     """
     value, tangent = forward_ad.unpack_dual(x)
-    y = multiply(value, *weights)
-    return y if tangent is None else forward_ad.make_dual(y, multiply(tangent, *weights))
+    y = product(value, *weights)
+    return y if tangent is None else forward_ad.make_dual(y, product(tangent, *weights))
 
 
 for _name in ("b3_linear", "b3_linear_no_grad"):
@@ -137,3 +140,57 @@ b3_linear = torch.ops.subbit.b3_linear
 
 b3_linear_no_grad = torch.ops.subbit.b3_linear_no_grad
 """The same under `torch.no_grad()`; what is traced there has no gradient later on either."""
+
+
+def _other_keys(*names: str) -> int:
+    """Bits of all dispatch keys but these."""
+    known = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in names:
+        known |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return ~known.raw_repr()
+
+
+try:  # torch gives these names to nobody to rely on; without one of them no product is plain
+    _NOT_OF_TENSOR = _other_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+    _NOT_OF_THREAD = _other_keys("BackendSelect", "ADInplaceOrView")
+    _tensor_keys = torch._C._dispatch_keys
+    _thread_keys = torch._C._dispatch_tls_local_include_set
+    _function_modes = torch._C._len_torch_function_stack
+    _profiler_enabled = torch.autograd._profiler_enabled
+except AttributeError:
+    _tensor_keys = None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether torch has nothing to do around a product of x but to call it, gradients aside.
+
+    Nothing to trace, batch, fake, count or profile, and no lazy minus sign to resolve: each of
+    these is a key of the tensor or the thread, or is asked for. `torch.compile` sees False.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _tensor_keys is not None
+        and type(x) is Tensor
+        and not _tensor_keys(x).raw_repr() & _NOT_OF_TENSOR
+        and not _thread_keys().raw_repr() & _NOT_OF_THREAD
+        and not _function_modes()
+        and not _profiler_enabled()
+    )
+
+
+def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
+    """`(..., cols)` -> `(..., rows)`, in the dtype of x; differentiable in x in both modes.
+
+    Args:
+        tiles, flags: W `(rows, cols)` in a resident layout (`layout.py`).
+        planes: of int8 that activations are rounded to: 2 (relative error <= 1e-4) or 1 (<= 1e-2).
+    """
+    weights = tiles, flags, rows, cols, planes
+    # not by x.requires_grad: tracers and vmap hide that somebody will want the gradient
+    wanted = torch.is_grad_enabled()
+    # unpack_dual looks at no more; asked for here, it would cost a part of a small product
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        return multiply_dual(b3_linear if wanted else b3_linear_no_grad, x, *weights)
+    if wanted:
+        return b3_linear(x, *weights)
+    return _multiply(x, *weights) if _is_plain(x) else b3_linear_no_grad(x, *weights)
