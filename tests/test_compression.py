@@ -228,7 +228,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(how, folder, text, tmp_path):
         compress(folder, text, out=tmp_path / "cut", overrides=["tau=3"])
     with pytest.raises(CheckpointError, match="calibration"):
         compress(folder, text, out=tmp_path / "cut", nsamples=2)
+    before = json.loads((tmp_path / "cut.partial" / "state-seconds.json").read_text())["value"]
     result = compress(folder, text, out=tmp_path / "cut", resume="required")
+    seconds = result.report["seconds"]  # of both parts
+    assert seconds["total"] > before["total"] > before["compress"] > 0
+    assert seconds["compress"] > before["compress"]
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     assert len(result.log) == len(result.records)
     assert torch.equal(logits(result.model), logits(subbit.load(tmp_path / "cut")))

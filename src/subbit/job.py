@@ -83,7 +83,8 @@ class Job:
         self.names = [list(own) for own in self.linears]
         self.committed = CommittedBlocks(workdir, blocks, self.names, recipe.refit)
         self.outputs: list[dict[str, GramAccumulator]] = [{} for _ in self.linears]
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = self._fetch_seconds()
+        self.started = time.monotonic() - self.seconds.pop("total", 0.0)
         self.passes = 1
         self.coarse = 0  # steps of the coarse stage
         self.written = 0  # steps of having the model write
@@ -119,7 +120,12 @@ class Job:
 
     def run(self, bar: Progress) -> CompressedModel:
         """Coarse stage, then block by block: capture, compress, commit, propagate."""
-        started = time.monotonic()
+        try:
+            return self._run(bar)
+        finally:
+            self._store_seconds()
+
+    def _run(self, bar: Progress) -> CompressedModel:
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
         lessons = self._lessons(calls, bar)
@@ -150,7 +156,7 @@ class Job:
             self._refit_model(calibrator, lessons, bar)
         if log is not None:
             log.close()
-        self._finish(kept, time.monotonic() - started)
+        self._finish(kept)
         return self.result
 
     @property
@@ -270,6 +276,7 @@ class Job:
         self.result.log += lines
         with self._stage("commit"):
             self.committed.commit(i, lines)
+            self._store_seconds()
 
     def _next_round(self, rounds: Iterator[Statistics]) -> Statistics | None:
         with self._stage("capture"):
@@ -371,12 +378,23 @@ class Job:
                 self.result.records[line["name"]] = facts
         self.result.log += lines
 
-    def _finish(self, kept: Kept | None, seconds: float) -> None:
+    def _fetch_seconds(self) -> dict[str, float]:
+        """Seconds by stage, and in total, of the parts of this run that were cut off."""
+        return (self.workdir and self.workdir.fetch("seconds")) or {}
+
+    def _store_seconds(self) -> None:
+        if self.workdir is not None:
+            self.workdir.store("seconds", self._seconds())
+
+    def _seconds(self) -> dict[str, float]:
+        return {"total": time.monotonic() - self.started, **self.seconds}
+
+    def _finish(self, kept: Kept | None) -> None:
         self.result.report |= {
             "kept": kept,
             "m": None if self.recipe.nm is None else self.recipe.nm[1],
             **totals(self.result.records.values()),
-            "seconds": {"total": seconds, **self.seconds},
+            "seconds": self._seconds(),
             "peak_rss_bytes": peak_rss_bytes(),
         }
 

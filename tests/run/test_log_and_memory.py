@@ -50,6 +50,16 @@ def test_a_child_does_not_report_its_parents_peak():
     assert child < 128 << 20 < peak_rss_bytes()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /proc")
+def test_the_peak_starts_anew():
+    code = (
+        "from subbit.run.memory import peak_rss_bytes, reset_peak_rss; block = b'x' * (200 << 20); "
+        "del block; print(peak_rss_bytes()); reset_peak_rss(); print(peak_rss_bytes())"
+    )
+    before, after = map(int, subprocess.check_output([sys.executable, "-c", code]).split())
+    assert after < 100 << 20 < before
+
+
 def test_no_gpu_memory_without_torch():
     code = (
         "import sys; from subbit.run.memory import peak_cuda_bytes; "

@@ -2,7 +2,6 @@ import pytest
 from test_run import PROTOCOL, record
 
 from subbit.recipe import load_recipe
-from subbit.study import figure as figure_module
 from subbit.study.figure import draw, front
 from subbit.study.run import run_study
 from subbit.study.studies import STUDIES, Study
@@ -79,6 +78,8 @@ def test_a_figure_is_drawn_and_is_the_same_every_time(tmp_path):
     assert first.startswith(b"\x89PNG") and first == (tmp_path / "b.png").read_bytes()
     draw("t", records[:-1], tmp_path / "b.png")
     assert first != (tmp_path / "b.png").read_bytes()
+    draw("t", [record("original", None, 30.0), *records[1:]], tmp_path / "b.png")  # infinite
+    assert first != (tmp_path / "b.png").read_bytes()
 
 
 def test_names_in_a_figure_cover_nothing(tmp_path, monkeypatch):
@@ -119,4 +120,3 @@ def test_the_studies_run(name, tmp_path, model, monkeypatch):
     assert not result.failures
     assert all(f"| {cell.name} |" in result.table for cell in found.cells)
     assert bool(drawn) == (name == "pareto")
-    assert figure_module.draw is draw

@@ -78,14 +78,50 @@ def test_other_weights_of_the_same_name_are_another_model(tmp_path, model):
     assert said[0] == "good: rtn-2 "
 
 
+def test_weights_in_bin_files_tell_models_apart(tmp_path, model):
+    folders = [tmp_path / "a" / "same", tmp_path / "b" / "same"]
+    for i, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        torch.save({"weight": torch.full((2,), i)}, folder / "pytorch_model.bin")
+    one, two = (cells_module._weights_digest(str(folder)) for folder in folders)
+    assert one and two and one != two
+    assert cells_module._weights_digest("owner/model") is None
+
+
+def test_hub_models_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cells_module, "_measured", lambda settings, _: seen.append(settings) or 1)
+    for model in ("one/same", "two/same"):
+        with pytest.raises(TypeError):
+            cells_module.run_cell(GOOD, model, PROTOCOL, tmp_path)
+    assert not cells_module._same(seen[0], seen[1]) and cells_module._same(seen[0], seen[0])
+    local = seen[0] | {"weights_sha256": "of a local folder"}
+    assert not cells_module._same(seen[0], local) and not cells_module._same(local, seen[0])
+
+
+def test_other_text_is_measured_again(tmp_path, model, monkeypatch):
+    run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
+    digest = cells_module._text_digest
+    cells_module._text_digest.cache_clear()
+    monkeypatch.setattr(
+        cells_module, "_text_digest", lambda name, role: digest(name, role) and name
+    )
+    said = []
+    run_study("one", study_of(GOOD), model, tmp_path, [], said.append)
+    assert said[0] == "good: rtn-2 "
+    monkeypatch.setattr(cells_module, "_text_digest", lambda *_: None)  # no network, say
+    run_study("one", study_of(GOOD), model, tmp_path, [], said.append)
+    assert said[-1] == "good: already measured"
+
+
 def test_a_cell_cut_off_under_other_settings_starts_over(tmp_path, model, monkeypatch):
     def cut_off(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("subbit.compression.Workdir.publish", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("subbit.compression.Workdir.publish", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_study("one", study_of(GOOD), model, tmp_path, [], lambda _: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     said = []
@@ -204,9 +240,9 @@ def test_a_cell_may_have_a_calibration_size_of_its_own(tmp_path, model):
     assert sizes == [2, 3]
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("other", ["nothing", "recipe", "model"])
 def test_what_a_cut_off_cell_has_packed_is_used_if_it_is_the_same(
-    tmp_path, model, monkeypatch, same
+    tmp_path, model, monkeypatch, other
 ):
     made = []
 
@@ -224,6 +260,10 @@ def test_what_a_cut_off_cell_has_packed_is_used_if_it_is_the_same(
         with pytest.raises(KeyboardInterrupt):
             run_study("s", study_of(GOOD), model, tmp_path, [], lambda _: None)
     assert (tmp_path / "s" / "good.model").is_dir()
-    cell = GOOD if same else Cell("good", "rtn-2", ["group=row"])
-    assert not run_study("s", study_of(cell), model, tmp_path, [], lambda _: None).failures
-    assert [options["group"] for options in made] == ["block"] + ["row"] * (not same)
+    cell = Cell("good", "rtn-2", ["group=row"]) if other == "recipe" else GOOD
+    if other == "model":
+        model = shutil.copytree(model, tmp_path / "another")
+    assert not run_study("s", study_of(cell), str(model), tmp_path, [], lambda _: None).failures
+    again = {"nothing": [], "recipe": ["row"], "model": ["block"]}[other]
+    assert [options["group"] for options in made] == ["block", *again]
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["good.json", "table.md"]

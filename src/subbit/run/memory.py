@@ -1,10 +1,11 @@
 """Peak memory of this process, resident and on the GPU."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["format_bytes", "peak_cuda_bytes", "peak_rss_bytes"]
+__all__ = ["format_bytes", "peak_cuda_bytes", "peak_rss_bytes", "reset_peak_rss"]
 
 
 def peak_rss_bytes() -> int:
@@ -21,6 +22,12 @@ def peak_rss_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def reset_peak_rss() -> None:
+    """Let `peak_rss_bytes` start anew from what is resident now, where the kernel lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_cuda_bytes() -> int:

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 
 from subbit.compression import compress
-from subbit.errors import CheckpointError
+from subbit.errors import CalibrationError, CheckpointError
 from subbit.evaluate.perplexity import perplexity
-from subbit.hub.inspect import inspect_folder, read_config
+from subbit.hub.inspect import inspect_folder
 from subbit.hub.load import load, load_tokenizer
 from subbit.model.load import load_model
 from subbit.recipe import Recipe, load_recipe
 from subbit.run.atomic import file_sha256
+from subbit.run.memory import reset_peak_rss
 from subbit.text import load_text, make_windows
 
 __all__ = ["Cell", "Protocol", "run_cell"]
+
+_MEASURED = {"wikitext2": "evaluation", "c4": "calibration"}  # text -> its role; c4 held out
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the cell's record, from `folder` or a folder beside it where it is there already.
 
-    A cell is the same under any name in any study: same model name, same weights where both are
-    local files, whole recipe and protocol.
+    A cell is the same under any name in any study: same hub id or local weights, same text, whole
+    recipe and protocol.
     The packed model is written to disk, inspected, loaded from there, measured, and removed; an
     interrupted compression resumes.
 
@@ -82,14 +85,15 @@ def run_cell(
         model: what to compress, as for `compress`.
         folder: where the records of the study are kept; beside it are those of other studies.
         say: told what happens.
-        dtype: dtype the model is compressed and measured in, as for `compress`. Recorded, but not
-            compared: a cell that was measured in another dtype is not measured again.
+        dtype: dtype the model is compressed and measured in, as for `compress`. Recorded and shown,
+            but not compared: a cell that was measured in another dtype is not measured again.
     """
     record_path = folder / f"{cell.name}.json"
     recipe = _recipe(cell, protocol)
     settings = {
-        "model": Path(model).name,
+        "model": Path(model).name if Path(model).exists() else model,
         "weights_sha256": _weights_digest(model),
+        "texts": _text_digests(protocol),
         "cell": asdict(cell),
         "protocol": asdict(protocol),
         "recipe_sha256": _digest(recipe),
@@ -101,20 +105,21 @@ def run_cell(
         return record | {"cell": settings["cell"]}
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{cell.name}: {cell.recipe or 'original'} {' '.join(cell.overrides)}")
+    reset_peak_rss()  # or a cell would report what an earlier one took
     record = settings | {"environment": _environment()}
     if recipe is None:
         loaded = load_model(model, dtype=dtype)
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
         packed = folder / f"{cell.name}.model"
-        _compress(recipe, model, packed, dtype, say)
+        _compress(recipe, model, packed, settings, dtype, say)
         record["run"] = _run_report(packed)
         facts = inspect_folder(packed)
         record |= {"total": facts["total"], "calibration": facts["calibration"]}
         network, tokenizer = _load(packed, dtype), load_tokenizer(packed)
     record["vocabulary"] = network.config.vocab_size
     record["dtype"] = str(network.dtype).removeprefix("torch.")
-    for name in ("wikitext2", "c4"):
+    for name in _MEASURED:
         begun = time.monotonic()
         record[name] = _measure(name, network, tokenizer, protocol)
         record[name]["seconds"] = round(time.monotonic() - begun, 1)
@@ -123,7 +128,8 @@ def run_cell(
     record_path.with_suffix(".tmp").write_text(json.dumps(record, indent=1) + "\n")
     os.replace(record_path.with_suffix(".tmp"), record_path)
     if cell.recipe is not None:
-        shutil.rmtree(folder / f"{cell.name}.model")
+        shutil.rmtree(packed)
+        _note_of(packed).unlink()
     return record
 
 
@@ -141,12 +147,28 @@ def _recipe(cell: Cell, protocol: Protocol) -> Recipe | None:
 
 @cache
 def _weights_digest(model: str) -> str | None:
-    """Of the weight files of a folder, or of a file; None for a hub id, which says it all."""
+    """Of the weight files of a folder, or of a file; None for a hub id."""
     path = Path(model)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not all(file.is_file() for file in files):
+    names = ("*.safetensors", "*.bin")
+    files = sorted(f for n in names for f in path.glob(n)) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
         return None
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def _text_digests(protocol: Protocol) -> dict[str, str | None]:
+    """Of every text that a cell is calibrated on or measured with."""
+    texts = {*_MEASURED.items(), (protocol.calibration, "calibration")}
+    return {" ".join(text): _text_digest(*text) for text in sorted(texts)}
+
+
+@cache
+def _text_digest(name: str, role: str) -> str | None:
+    """Of one text; None where it cannot be loaded now, or is written by the model itself."""
+    try:
+        return hashlib.sha256(load_text(name, role).joined.encode()).hexdigest()
+    except CalibrationError:
+        return None
 
 
 def _digest(recipe: Recipe | None) -> str | None:
@@ -160,18 +182,31 @@ def _digest(recipe: Recipe | None) -> str | None:
 
 
 def _compress(
-    recipe: Recipe, model: str, packed: Path, dtype: str, say: Callable[[str], None]
+    recipe: Recipe,
+    model: str,
+    packed: Path,
+    settings: dict[str, Any],
+    dtype: str,
+    say: Callable[[str], None],
 ) -> None:
-    """Make the packed folder, unless one of this very recipe was left there by a cut-off cell."""
+    """Make the packed folder, unless one of the very same cell was left there by a cut-off run."""
+    wanted = settings | {"dtype": dtype, "subbit": version("subbit")}
+    note = _note_of(packed)
     if packed.exists():
-        if read_config(packed).recipe == recipe.model_dump(mode="json"):
+        if note.exists() and note.read_text() == json.dumps(wanted):
             return
         shutil.rmtree(packed)
+    note.write_text(json.dumps(wanted))
     try:
         compress(model, recipe, out=packed, dtype=dtype)
     except CheckpointError as error:  # cut off with other versions or threads
         say(f"starting over: {error}")
         compress(model, recipe, out=packed, dtype=dtype, resume="never")
+
+
+def _note_of(packed: Path) -> Path:
+    """Where it says beside a packed folder what it is; no record, so not by their suffix."""
+    return packed.with_suffix(".model.note")
 
 
 def _load(packed: Path, dtype: str) -> torch.nn.Module:
@@ -194,15 +229,20 @@ def _measured(settings: dict[str, Any], folder: Path) -> tuple[Path, dict[str, A
 
 
 def _same(record: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a record is of the cell with these settings, whatever the two are called."""
+    """Whether a record is of the cell with these settings, whatever the two are called.
+
+    Old records say nothing of weights or texts, or of the whole recipe.
+    """
     if any(record[key] != settings[key] for key in ("model", "protocol")):
         return False
-    weights = {found.get("weights_sha256") for found in (record, settings)} - {None}
-    if len(weights) == 2:  # an old record says nothing of them
+    if record.get("weights_sha256", settings["weights_sha256"]) != settings["weights_sha256"]:
+        return False
+    texts = record.get("texts", {})
+    if any(digest not in (None, texts.get(t, digest)) for t, digest in settings["texts"].items()):
         return False
     if "recipe_sha256" in record:
         return record["recipe_sha256"] == settings["recipe_sha256"]
-    cells = record["cell"], settings["cell"]  # an old one
+    cells = record["cell"], settings["cell"]
     was, now = ((cell["recipe"], sorted(cell["overrides"])) for cell in cells)
     return was == now
 
@@ -214,14 +254,12 @@ def _elsewhere(path: Path, own: Path) -> str:
 
 
 def _measure(name: str, network: Any, tokenizer: Any, protocol: Protocol) -> dict[str, Any]:
-    held_out = name == "c4"
-    text = load_text(name, "calibration" if held_out else "evaluation")
     windows = make_windows(
-        text,
+        load_text(name, _MEASURED[name]),
         tokenizer,
         nsamples=protocol.windows,
         seqlen=protocol.seqlen,
-        skip_tokens=protocol.c4_from if held_out else 0,
+        skip_tokens=protocol.c4_from if name == "c4" else 0,
     )
     return perplexity(network, windows).to_dict()
 

@@ -61,6 +61,7 @@ def draw(title: str, records: list[dict[str, Any]], path: Path) -> None:
             "run the same command again"
         ) from None
     originals = [r["wikitext2"]["perplexity"] for r in records if "total" not in r]
+    originals = [value for value in originals if value is not None]  # infinite
     points = [_point(record) for record in records if "total" in record]
     points = [point for point in points if point.perplexity is not None]  # infinite
     near = [p for p in points if originals and p.perplexity <= _NEAR * min(originals)]

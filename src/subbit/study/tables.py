@@ -30,7 +30,7 @@ def markdown(title: str, records: list[dict[str, Any]], beside_published: bool =
         rows = [(*row, *more) for row, more in zip(rows, published, strict=True)]
     lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", _protocol(records[0])]
+    lines += ["", _protocol(records)]
     if any(_MARK in cell for row in rows for cell in row):
         lines += [
             "",
@@ -47,10 +47,12 @@ def markdown(title: str, records: list[dict[str, Any]], beside_published: bool =
     return "\n".join(lines) + "\n"
 
 
-def _protocol(record: dict[str, Any]) -> str:
-    protocol = record["protocol"]
+def _protocol(records: list[dict[str, Any]]) -> str:
+    protocol = records[0]["protocol"]
+    dtypes = " and ".join(sorted({record["dtype"] for record in records if "dtype" in record}))
+    model = records[0]["model"] + (f", in {dtypes}" if dtypes else "")
     return (
-        f"Model: {record['model']}. Calibration: {protocol['calibration']}, "
+        f"Model: {model}. Calibration: {protocol['calibration']}, "
         f"{protocol['nsamples']} x {protocol['seqlen']} tokens. Perplexity: first "
         f"{protocol['windows']} windows of {protocol['seqlen']} tokens of WikiText-2 test, and of "
         f"the C4 calibration stream from token {protocol['c4_from']} on (held out). Stored bits "
