@@ -10,7 +10,7 @@ from packed_models import int8_model, packed_model, packed_names, save
 from typer.testing import CliRunner
 
 from subbit.cli import app
-from subbit.errors import RecipeError
+from subbit.errors import ModelError, RecipeError
 from subbit.evaluate import speed
 from subbit.evaluate.bench import PROMPTS, bench, same_tokens
 from subbit.hub.load import load
@@ -27,7 +27,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return bench(folder, threads=1, **SHORT)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    found = bench(folder, threads=1, **SHORT)
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
+    return found
 
 
 def test_every_contender_is_measured(found):
@@ -39,7 +44,7 @@ def test_every_contender_is_measured(found):
         assert (model["prompt"]["tokens"], model["decode"]["tokens"]) == (9, 3)
         for test in (model["prompt"], model["decode"]):
             assert 0 < test["mean"] <= test["best"] and test["sd"] >= 0
-    assert found["threads"] == 1 and torch.get_num_threads() >= 1
+    assert found["threads"] == 1
     json.dumps(found, allow_nan=False)
 
 
@@ -64,10 +69,14 @@ def test_the_same_greedy_tokens_on_twenty_prompts(found):
 
 def test_what_no_kernel_takes_is_measured_with_its_dense_weights(tmp_path):
     folder = save(packed_model("llama"), tmp_path / "float16-levels")
-    packed, _, dense, _ = bench(folder, threads=1, **SHORT)["models"]
+    found = bench(folder, threads=1, **SHORT)
+    packed, _, dense, _ = found["models"]
     assert packed["backend"] == "torch, dense weights kept"
     assert packed["bytes"] > dense["bytes"]  # the codes are there too
     assert packed["token_bytes"] == dense["token_bytes"]
+    for linear in found["linears"]:
+        rows, cols = linear["shape"]
+        assert linear["bytes"] == 4 * rows * cols  # float32, as the milliseconds beside it
 
 
 def test_other_tokens_are_noticed(folder):
@@ -81,6 +90,16 @@ def test_beside_the_original(folder, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     found = bench(folder, str(tmp_path / "base"), threads=1, **SHORT)
     assert [model["model"] for model in found["models"]][2:] == ["original"] * 2
+    assert list(found["linears"][0]["ms"])[::3] == ["packed float32", "original bfloat16"]
+
+
+@pytest.mark.parametrize(("family", "what"), [("gpt2", "not there"), ("llama-gqa", r"\(32, 64\)")])
+def test_an_original_that_is_none_is_refused_at_once(family, what, folder, tmp_path, monkeypatch):
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(speed, "decoding", None)
+    with pytest.raises(ModelError, match=f"is not the original .* {what}"):
+        bench(folder, str(tmp_path / "base"), threads=1, **SHORT)
 
 
 def test_greedy_is_what_generate_says(folder):

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subbit.errors import RecipeError
+from subbit.errors import ModelError, RecipeError
 from subbit.evaluate import speed
 from subbit.hub.inspect import read_config
 from subbit.hub.load import load, load_tokenizer
+from subbit.model import weight_of
 from subbit.model.load import load_model
 from subbit.packed.kernels import kernel_name
 from subbit.packed.linear import packed_modules
@@ -78,12 +79,14 @@ def bench(
         Plain JSON: "threads", "kernel", "read_bandwidth" (bytes a second or None), "models" (one
         dict each: "model", "dtype", "backend", "bytes" held at last, "parameters", "token_bytes",
         "prompt" and "decode" with "tokens", "mean", "sd", "best" in tokens a second, "bandwidth"
-        = token_bytes x best), "linears" (one dict a shape: "shape", "count", "bytes" of one packed
-        linear as read, "ms" by "model dtype"), and "tokens": "prompts", "same", "new_tokens" and
+        = token_bytes x best), "linears" (one dict a shape: "shape", "count", "bytes" that a product
+        of the packed float32 model reads, "ms" by "model dtype"), and "tokens": "prompts", "same",
+        "new_tokens" and
         "gap" of the comparison with the dense float32 weights (`same_tokens`).
 
     Raises:
         RecipeError: numbers that mean nothing.
+        ModelError: `original` has not the linears that the packed folder has.
         ModelError, FormatError: as `load` and `load_model` do.
     """
     if min(prompt, new_tokens, repeats, threads or 1) < 1:
@@ -97,24 +100,28 @@ def bench(
         for kind, dtype, make in _contenders(folder, original):
             say(f"{kind} {dtype}")
             model = make()
+            if kind == "original":
+                _check_same_linears(original, model, names)
             found["models"].append(
                 {"model": kind, "dtype": dtype, "backend": _backend(model)}
                 | _rates(model, prompt, new_tokens, repeats)
             )
             linears[f"{kind} {dtype}"] = speed.linear_times(model, names)
-            if kind == "packed":
+            if (kind, dtype) == ("packed", _DTYPES[0]):
                 packed_bytes = {
                     shape: speed.read_bytes(model.get_submodule(group[0]))
                     for shape, group in names.items()
                 }
             del model  # before the next one is made
             gc.collect()
+        found["models"].sort(key=lambda model: model["model"] != "packed")
+        order = [f"{model['model']} {model['dtype']}" for model in found["models"]]
         found["linears"] = [
             {
                 "shape": list(shape),
                 "count": len(group),
                 "bytes": packed_bytes[shape],
-                "ms": {name: times[shape] for name, times in linears.items()},
+                "ms": {name: linears[name][shape] for name in order},
             }
             for shape, group in names.items()
         ]
@@ -161,14 +168,31 @@ def _names_by_shape(folder: str | Path) -> dict[tuple[int, int], list[str]]:
 def _contenders(
     folder: str | Path, original: str | None
 ) -> Iterator[tuple[str, str, Callable[[], PreTrainedModel]]]:
-    """Kind, dtype and maker of each contender."""
-    for dtype in _DTYPES:
-        yield "packed", dtype, partial(load, folder, dtype=dtype, device="cpu", keep_dense=True)
+    """Kind, dtype and maker of each contender; an original first, since it may be a wrong one."""
     for dtype in _DTYPES:
         if original is None:
             yield "decoded", dtype, partial(_decoded, folder, dtype)
         else:
             yield "original", dtype, lambda dtype=dtype: load_model(original, dtype=dtype).model
+    for dtype in _DTYPES:
+        yield "packed", dtype, partial(load, folder, dtype=dtype, device="cpu", keep_dense=True)
+
+
+def _check_same_linears(
+    source: str, model: PreTrainedModel, names: dict[tuple[int, int], list[str]]
+) -> None:
+    """Refuse an original that the packed folder was not made from, before anything is timed."""
+    for shape, group in names.items():
+        for name in group:
+            try:
+                found = tuple(weight_of(model.get_submodule(name)).shape)
+            except AttributeError:
+                found = None
+            if found != shape:
+                raise ModelError(
+                    f"'{source}' is not the original of the packed model: its {name} is "
+                    f"{'not there' if found is None else found}, and should be {shape}."
+                )
 
 
 def _decoded(folder: str | Path, dtype: str) -> PreTrainedModel:

@@ -86,25 +86,34 @@ def linear_times(
 ) -> dict[tuple[int, int], float]:
     """Time the linears of each shape with one vector.
 
-    A round calls all linears of a shape once, one after the other: in a model larger than the
-    caches their weights come from memory. The best round counts: other load only ever adds.
+    A round calls all linears once, in the order of the model, as decoding a token does: in a model
+    larger than the caches their weights come from memory, in a smaller one from the caches, as
+    there. The best round of each shape counts: other load only ever adds.
 
     Args:
         model: holds the linears, packed or dense, in one dtype.
         names: shape (outputs, inputs) -> dotted names.
-        rounds: of each shape.
+        rounds: over all linears.
 
     Returns:
         Shape -> milliseconds a linear.
     """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    times = {}
-    for shape, group in names.items():
-        modules = [model.get_submodule(name) for name in group]
-        x = torch.randn(1, 1, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-        seconds = [_timed(lambda: [m(x) for m in modules]) for _ in range(rounds)]  # noqa: B023
-        times[shape] = 1e3 * min(seconds) / len(modules)
-    return times
+    shapes = {name: shape for shape, group in names.items() for name in group}
+    rng = torch.Generator().manual_seed(0)
+    inputs = {shape: torch.randn(1, 1, shape[1], generator=rng).to(dtype) for shape in names}
+    linears = [
+        (shapes[name], module, inputs[shapes[name]])
+        for name, module in model.named_modules()
+        if name in shapes
+    ]
+    best = dict.fromkeys(names, math.inf)
+    for _ in range(rounds):
+        round_of = dict.fromkeys(names, 0.0)
+        for shape, module, x in linears:
+            round_of[shape] += _timed(lambda module=module, x=x: module(x))
+        best = {shape: min(best[shape], took) for shape, took in round_of.items()}
+    return {shape: 1e3 * took / len(names[shape]) for shape, took in best.items()}
 
 
 def read_bandwidth(nbytes: int = 256 << 20, rounds: int = 8) -> float | None:

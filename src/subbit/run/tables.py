@@ -103,7 +103,7 @@ def bench_tables(found: dict[str, Any], name: str) -> list[Table]:
 
 
 def _bench_linears(found: dict[str, Any]) -> Table:
-    """One row a shape: milliseconds of one vector, and what share of the read bandwidth that is."""
+    """One row a shape: milliseconds of one vector, and the first model's share of the bandwidth."""
     contenders = list(found["linears"][0]["ms"])
     rows = []
     for linear in found["linears"]:
@@ -119,7 +119,7 @@ def _bench_linears(found: dict[str, Any]) -> Table:
             )
         )
     columns = ("linear", "count", *(f"ms {contender}" for contender in contenders))
-    return table((*columns, "bytes packed", "GB/s", "of read"), rows, right=len(columns) + 2)
+    return table((*columns, "bytes read", "GB/s", "of read"), rows, right=len(columns) + 2)
 
 
 def bench_in_words(found: dict[str, Any]) -> str:
