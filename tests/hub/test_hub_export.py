@@ -8,6 +8,7 @@ import pytest
 import torch
 from packed_models import int8_model, logits, packed_model, packed_names, save, tokens
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from subbit.hub import export
 from subbit.hub.export import export_dense
 from subbit.hub.inspect import is_packed
 from subbit.hub.load import load
+from subbit.hub.manifest import MANIFEST
 from tiny_models import tiny_tokenizer
 
 
@@ -41,6 +43,21 @@ def test_shards_and_tied_embeddings(sharded, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(load(sharded)))
     modes = {file.stat().st_mode for file in out.iterdir()}
     assert len(modes) == 1
+
+
+def test_scalars_and_chat_templates_come_along(folders, copy_of, tmp_path):
+    folder = copy_of(folders("llama"))
+    (folder / MANIFEST).unlink()
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"scale": torch.tensor(1.5)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    out = export_dense(folder, tmp_path / "dense", dtype="bfloat16")
+    found = load_file(out / "model.safetensors")["scale"]
+    assert found.shape == () and found.dtype == torch.bfloat16 and found == 1.5
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
 
 
 def test_nothing_of_ours_is_left(folders, tmp_path):

@@ -63,6 +63,17 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(family, folders, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_another_activation_is_refused(folder, copy_of, tmp_path):
+    """GGUF does not say which one a llama has: readers take SiLU."""
+    other = copy_of(folder)
+    config = json.loads((other / "config.json").read_text()) | {"hidden_act": "gelu"}
+    (other / "config.json").write_text(json.dumps(config))
+    (other / MANIFEST).unlink()
+    with pytest.raises(ModelError, match="hidden_act gelu"):
+        export_gguf(other, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_unknown_tokenizers_are_refused(folder, copy_of, tmp_path):
     changed = copy_of(folder)
     (changed / MANIFEST).unlink()

@@ -93,7 +93,8 @@ class DenseTensors:
 
     def _plain_meta(self, name: str) -> Tensor:
         with safe_open(self._stored[name].file, framework="pt") as file:
-            dtype = file.get_slice(name)[:0].dtype
+            scalar = not self._stored[name].shape
+            dtype = (file.get_tensor(name) if scalar else file.get_slice(name)[:0]).dtype
         keep = self._wanted is None or not dtype.is_floating_point
         return torch.empty(
             self._stored[name].shape, dtype=dtype if keep else self._wanted, device="meta"
@@ -174,7 +175,8 @@ def export_dense(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _write_json(work / "model.safetensors.index.json", index)
         for file in _other_files(folder):
-            shutil.copyfile(file, work / file.name)
+            (work / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / file, work / file)
 
     return save_atomically(out, build)
 
@@ -208,11 +210,11 @@ def _plain_config(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
-    """Tokenizer, generation config and the like."""
-    for file in sorted(folder.iterdir()):
+    """Tokenizer, chat templates, generation config and the like, relative to the folder."""
+    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         foreign = file.name.startswith(".") or file.suffix == ".safetensors"
         if file.is_file() and not foreign and file.name not in _OURS:
-            yield file
+            yield file.relative_to(folder)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -89,6 +89,8 @@ def _check_architecture(folder: Path, config: PretrainedConfig) -> None:
     extra = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
     if rope.get("rope_type", "default") != "default":
         extra.append(f"rope_type {rope['rope_type']}")
+    if config.hidden_act not in ("silu", "swish"):  # a GGUF file has no place to say it
+        extra.append(f"hidden_act {config.hidden_act}")
     if extra:
         raise ModelError(f"'{folder}' has {', '.join(extra)}, which is not written yet; {_DENSE}.")
 
