@@ -139,6 +139,9 @@ def test_stdlib_roles_share_no_paragraph_and_suffice():
         (b'["a"]', "line 3 has no string 'text'"),
         (b'{"txt": "a"}', "line 3 has no string 'text'"),
         (b'{"text": null}', "line 3 has no string 'text'"),
+        (b'{"text": ' + b"[" * 100_000, "line 3 is not JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "line 3 is not JSON"),
+        (rb'{"text": "a\ud800"}', "line 3 has half a surrogate pair"),
         (b'{"text": "\xff"}', "line 3 is not UTF-8 .byte 0xff"),
     ],
 )

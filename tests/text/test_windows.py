@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from subbit.errors import CalibrationError, RecipeError
 from subbit.text import Text, calibration_windows, check_windows, make_windows
-from subbit.text.windows import fingerprint
+from subbit.text import windows as windows_module
+from subbit.text.windows import begins_with_bos, fingerprint
 from tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -95,8 +96,27 @@ def test_too_little_text_says_what_would_do():
     assert f"at most {found // 5} windows" in message
     with pytest.raises(CalibrationError, match=f"seqlen of at most {found}"):
         make_windows(source, TOKENIZER, nsamples=None, seqlen=64)
-    with pytest.raises(CalibrationError, match="after the first 1000"):
+    with pytest.raises(CalibrationError, match=f"seqlen of at most {found + 1} or give"):
+        make_windows(source, TOKENIZER, nsamples=None, seqlen=64, bos="window")
+    with pytest.raises(CalibrationError, match=r"after the first 1000 but .* need 4; give more"):
         make_windows(source, TOKENIZER, nsamples=1, seqlen=4, skip_tokens=1000)
+
+
+def test_text_that_cannot_be_tokenised_at_once_is_refused(monkeypatch):
+    monkeypatch.setattr(windows_module, "_MOST_CHARACTERS", 30)
+    assert make_windows(text("a" * 30), TOKENIZER, nsamples=None, seqlen=2).nsamples > 0
+    with pytest.raises(CalibrationError, match=r"has 31 characters .* at most 30 characters"):
+        make_windows(text("a" * 30, "b"), TOKENIZER, nsamples=1, seqlen=2)
+
+
+def test_a_tokenizer_that_begins_texts_with_bos():
+    class Beginning:
+        bos_token_id = 1
+
+        def __call__(self, text):
+            return {"input_ids": [1, 7]}
+
+    assert begins_with_bos(Beginning()) and not begins_with_bos(TOKENIZER)
 
 
 @pytest.mark.parametrize(

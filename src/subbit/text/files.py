@@ -1,11 +1,14 @@
 """Text files of the user: plain text and JSON lines, with errors that name the line."""
 
 import json
+import re
 from pathlib import Path
 
 from subbit.errors import CalibrationError
 
 __all__ = ["read_jsonl", "read_text"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
@@ -48,15 +51,21 @@ def read_jsonl(path: Path, field: str = "text") -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers and nesting beyond all bounds
+            reason = getattr(error, "msg", error)
             raise CalibrationError(
-                f"'{path}' line {number} is not JSON ({error.msg}); every line must be an object "
+                f"'{path}' line {number} is not JSON ({reason}); every line must be an object "
                 f'such as {{"{field}": "..."}}'
             ) from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise CalibrationError(
                 f"'{path}' line {number} has no string '{field}'; every line must be an object "
                 f'such as {{"{field}": "..."}}'
+            )
+        if _SURROGATE.search(record[field]):
+            raise CalibrationError(
+                f"'{path}' line {number} has half a surrogate pair (\\ud800 to \\udfff) in "
+                f"'{field}', which is no text; leave that line out"
             )
         documents.append(record[field])
     if not any(document.strip() for document in documents):

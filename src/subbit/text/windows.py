@@ -16,6 +16,7 @@ __all__ = [
     "BOS_POLICIES",
     "SAMPLING",
     "Windows",
+    "begins_with_bos",
     "check_windows",
     "fingerprint",
     "make_windows",
@@ -24,6 +25,9 @@ __all__ = [
 
 BOS_POLICIES = ("none", "document", "window")
 SAMPLING = ("first", "random")
+
+_MOST_CHARACTERS = 200_000_000
+_BYTES_A_CHARACTER = 140  # that a tokenizer takes, measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,16 +129,18 @@ def make_windows(
 
     Raises:
         RecipeError: an option that means nothing, or a BOS that the tokenizer has not.
-        CalibrationError: too little text; the message has the counts.
+        CalibrationError: too little text, or more than can be tokenised at once; the message has
+            the counts.
     """
     _check_options(tokenizer, nsamples, seqlen, bos, sample, skip_tokens)
+    _check_size(text)
     if bos == "document":
         stream = _tokenize_documents(text, tokenizer)
     else:
         stream = torch.tensor(_tokenize([text.joined], tokenizer)[0], dtype=torch.long)
     length = seqlen - 1 if bos == "window" else seqlen  # tokens of text in a window
     usable = stream[skip_tokens:]
-    nsamples = _fitting(text, nsamples, length, usable.numel(), skip_tokens)
+    nsamples = _fitting(text, nsamples, seqlen, length, usable.numel(), skip_tokens)
     if sample == "first":
         tokens = usable[: nsamples * length].view(nsamples, length)
     else:
@@ -162,6 +168,11 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the hub id of `tokenizer`, or its folder's name without the path, or its class."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     return Path(name).name if Path(name).exists() else name
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer by itself puts a BOS before a text, as its model may rely on."""
+    return tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
 
 
 def check_windows(windows: Windows, config: PretrainedConfig) -> None:
@@ -222,16 +233,37 @@ def _tokenize_documents(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tenso
     return torch.tensor(stream, dtype=torch.long)
 
 
-def _fitting(text: Text, nsamples: int | None, length: int, usable: int, skip_tokens: int) -> int:
-    """Return the number of windows to take, or refuse when the text is too short."""
+def _check_size(text: Text) -> None:
+    size = sum(map(len, text.documents))
+    if size > _MOST_CHARACTERS:
+        raise CalibrationError(
+            f"'{text.name}' has {size:,} characters and is tokenised as a whole, which would take "
+            f"some {size * _BYTES_A_CHARACTER >> 30} GiB of memory; give at most "
+            f"{_MOST_CHARACTERS:,} characters of it (128 windows of 2048 tokens take 1,000,000)"
+        )
+
+
+def _fitting(
+    text: Text, nsamples: int | None, seqlen: int, length: int, usable: int, skip_tokens: int
+) -> int:
+    """Return the number of windows to take, or refuse when the text is too short.
+
+    Args:
+        seqlen: tokens of a window.
+        length: those of them that are text.
+        usable: tokens of text.
+    """
     most = usable // length
     wanted = most if nsamples is None else nsamples
     if 1 <= wanted <= most:
         return wanted
     after = f" after the first {skip_tokens}" if skip_tokens else ""
-    remedy = f"use at most {most} windows" if most else f"use a seqlen of at most {usable}"
+    longest = usable + seqlen - length
+    remedy = f"use at most {most} windows or " if most else ""
+    if not most and longest > 1:
+        remedy = f"use a seqlen of at most {longest} or "
     needed = max(wanted, 1) * length
     raise CalibrationError(
         f"'{text.name}' ({text.role}) has {usable} tokens{after} but {max(wanted, 1)} windows of "
-        f"{length} need {needed}; {remedy} or give more text"
+        f"{length} need {needed}; {remedy}give more text"
     )
