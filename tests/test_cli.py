@@ -288,6 +288,7 @@ def models(monkeypatch) -> list[tuple]:
 
     is_packed = "packed".__eq__
     stub(monkeypatch, "subbit.hub.inspect", is_packed=is_packed)
+    stub(monkeypatch, "subbit.hub.fetch", is_packed_on_hub=lambda hub_id: False)
     stub(monkeypatch, "subbit.hub.load", load=load, load_tokenizer=lambda path: "its tokenizer")
     stub(monkeypatch, "subbit.model.load", load_model=load_model)
     return calls
@@ -313,7 +314,8 @@ def evaluations(monkeypatch, models) -> list[tuple]:
         return text
 
     stub(monkeypatch, "subbit.text.sources", load_text=load_text)
-    stub(monkeypatch, "subbit.text.windows", make_windows=make_windows)
+    hint = {"begins_with_bos": lambda tokenizer: True}
+    stub(monkeypatch, "subbit.text.windows", make_windows=make_windows, **hint)
     stub(monkeypatch, "subbit.evaluate.perplexity", perplexity=perplexity)
     return calls
 
@@ -324,6 +326,7 @@ def test_eval(evaluations, models, source):
                "document", "--skip-tokens", 5, "--device", "cpu", "--dtype", "float32")  # fmt: skip
     assert said.code == 0, said.err
     assert said.out.startswith("perplexity 12.5000 ± 0.25 (words: 3 windows of 64 tokens")
+    assert "--bos window" not in said.err  # it was said where they go
     kind, path, options = models[0]
     assert (kind, path) == (source, source)
     assert (options["device"], options["dtype"]) == ("cpu", "float32")
@@ -338,7 +341,7 @@ def test_eval(evaluations, models, source):
 def test_eval_json_is_alone_on_stdout(evaluations):
     said = run("eval", "packed", "--data", "words.txt", "--json")
     assert json.loads(said.out) == {"perplexity": 12.5, "stderr": 0.25}
-    assert "perplexity on words" in said.err
+    assert "perplexity on words" in said.err and "--bos window" in said.err
 
 
 def test_generate_and_chat(monkeypatch, models):

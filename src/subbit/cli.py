@@ -175,13 +175,15 @@ def evaluate(
     from subbit.evaluate.perplexity import perplexity
     from subbit.run.progress import Progress
     from subbit.text.sources import load_text
-    from subbit.text.windows import make_windows
+    from subbit.text.windows import begins_with_bos, make_windows
 
     text = load_text(data, role="evaluation")
     loaded, tokenizer = _load(model, dtype, device)
     cut = make_windows(
         text, tokenizer, nsamples=windows, seqlen=seqlen, bos=bos, skip_tokens=skip_tokens
     )
+    if bos == "none" and begins_with_bos(tokenizer):
+        _say("this tokenizer begins texts with BOS, the windows do not: see --bos window")
     with Progress(cut.nsamples) as progress:
         progress.phase(f"perplexity on {text.name}")
         result = perplexity(loaded, cut, advance=progress.advance)
@@ -390,7 +392,7 @@ def methods(
     typer.echo(
         "Bits: from the smallest to the largest of the method's recipes, for a 4096 x 4096 linear "
         "with a tenth of its columns salient. Speed: to compress a billion weights on one thread, "
-        "the model's own passes left out.\n"
+        "in linears of 576 columns (wider ones take longer), the model's own passes left out.\n"
         "Every recipe's bits and seconds, every option of every method: subbit methods --json"
     )
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from subbit.errors import RecipeError
+from subbit.errors import NonFiniteError, RecipeError
 from subbit.evaluate import chat_loop, generate
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -199,6 +199,15 @@ def test_chat_with_the_model_itself(model, chatty):
 def test_chat_needs_a_template(model, tokenizer):
     with pytest.raises(RecipeError, match="no chat template"):
         chat_loop(model, tokenizer, read=Talk().read, write=Talk().write)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_say_nothing_are_refused(tokenizer, temperature, value):
+    damaged = tiny_model("llama")
+    damaged.lm_head.weight.data[3] = value
+    with pytest.raises(NonFiniteError, match="not finite"):
+        generate(damaged, tokenizer, "hi", max_new_tokens=2, temperature=temperature)
 
 
 def test_generation_config_pads_without_a_pad_token(model, tokenizer):

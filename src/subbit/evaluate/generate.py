@@ -1,5 +1,6 @@
 """Text from a model: greedy by default, sampled with a seed of its own, streamed if wanted."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
 )
 
-from subbit.errors import RecipeError
+from subbit.errors import NonFiniteError, RecipeError
 from subbit.text.sample import evaluating
 
 __all__ = ["Message", "generate", "prompt_tokens"]
@@ -50,6 +53,7 @@ def generate(
     Raises:
         RecipeError: an option that means nothing, an empty prompt, one that leaves no room in the
             context, or chat without a chat template.
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise RecipeError(
@@ -66,6 +70,7 @@ def generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=config,
+            logits_processor=LogitsProcessorList([_Finite()]),
             streamer=streamer,
         )
     return tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
@@ -162,6 +167,18 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+class _Finite(LogitsProcessor):
+    """Refuse logits that say nothing; greedy decoding would take the first token in silence."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not math.isfinite(scores.max().item()):  # NaN wherever one is
+            raise NonFiniteError(
+                "the model's logits are not finite; its weights are damaged, or it needs another "
+                "dtype (--dtype float32)"
+            )
+        return scores
 
 
 class _Pieces(TextStreamer):

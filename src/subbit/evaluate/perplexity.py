@@ -1,4 +1,9 @@
-"""Token perplexity over windows, as in GPTQ and the papers after it."""
+"""Token perplexity over windows, as in GPTQ and the papers after it.
+
+One thing is otherwise: they tokenise with the tokenizer's defaults, so that the text of a LLaMA
+model begins with one BOS and all windows lie one token further; here no special token is added
+unless `make_windows` is told where (`bos`).
+"""
 
 import math
 from collections.abc import Callable, Iterator
