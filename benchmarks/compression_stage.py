@@ -51,7 +51,7 @@ def problem(rows: int, cols: int, tokens: int, device: str) -> tuple[torch.Tenso
 def measure(recipe: str, rows: int, cols: int, args: argparse.Namespace) -> dict:
     """Compress one linear `repeats` times; the fastest run, split by step."""
     chosen = load_recipe(recipe).override(args.set)
-    settings = Settings(chosen.blocksize, chosen.percdamp)
+    settings = Settings(chosen.blocksize, chosen.percdamp, levels=chosen.levels)
     method = make_method(chosen.method, chosen.options, settings)
     W, stats = problem(rows, cols, args.tokens, args.device)
     clock = time.process_time if args.threads == 1 and args.device == "cpu" else time.perf_counter

@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 
+import subbit
 from subbit import demo
 from subbit.errors import ModelError
 
@@ -44,6 +45,18 @@ def test_what_is_no_packed_model_is_not_reused(tmp_path):
     recipe = demo.load_recipe(demo.RECIPE)
     assert not demo._is_reusable(tmp_path / "half", recipe)
     assert not demo._is_reusable(tmp_path / "nothing", recipe)
+
+
+def test_the_same_demo_is_reused_and_no_other(monkeypatch, tmp_path):
+    recipe = demo.load_recipe(demo.RECIPE)
+    found = {"recipe": recipe.model_dump(mode="json"), "subbit_version": subbit.__version__}
+    monkeypatch.setattr("subbit.hub.inspect.inspect_folder", lambda folder: found)
+    monkeypatch.setattr(demo, "_run_report", lambda folder: {})
+    assert demo._is_reusable(tmp_path, recipe)
+    found["subbit_version"] = "another"
+    assert not demo._is_reusable(tmp_path, recipe)
+    found["subbit_version"] = subbit.__version__
+    assert not demo._is_reusable(tmp_path, recipe.override(["percdamp=0.5"]))
 
 
 def test_an_error_is_one_line_and_its_exit_code(monkeypatch, tmp_path, capsys):

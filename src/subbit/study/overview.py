@@ -32,7 +32,11 @@ class Speed:
 
     @property
     def name(self) -> str:
-        """How long a billion weights would take: "seconds", "minutes", or "tens of minutes"."""
+        """How long a billion weights would take: "seconds", "minutes", or "tens of minutes".
+
+        In linears of 576 columns, as measured; with more columns a weight takes longer (at 4096
+        `pbs2p-6-8` 1.7 times as long, records/compression_stage.txt).
+        """
         if self.seconds < _MINUTE:
             return "seconds"
         return "minutes" if self.seconds < 10 * _MINUTE else "tens of minutes"
