@@ -1,5 +1,7 @@
 """The operator: every instruction set that this processor has means the same weights."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from int8_examples import make_int8, resident_linears
 
 from subbit.errors import RecipeError, SubbitError
 from subbit.packed import pack
-from subbit.packed.kernels import kernel_name, native
+from subbit.packed.kernels import kernel_name, native, op
 from subbit.packed.kernels.layout import expand
 from subbit.packed.kernels.op import b3_linear, b3_linear_no_grad, decode
 
@@ -347,3 +349,17 @@ def test_reading_reads_everything(isa):
     words = torch.zeros(1 << 16, dtype=torch.int64)
     words[77777 // 8], words[-1] = 5, 9
     assert native.read(words) == native.read(words, streams=False) == 5 ^ 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_triton_panels_are_multiplied_where_the_weights_are(dtype, monkeypatch):
+    """On a device that the CPU kernel cannot read, for want of a GPU the one without data."""
+    linear = make_int8(40, 200)
+    tiles, flags = (tensor.to("meta") for tensor in resident(linear))
+    monkeypatch.setitem(sys.modules, "subbit.packed.kernels.triton_kernels", None)
+    decoded = []
+    monkeypatch.setattr(op, "decode", lambda *args: (decoded.append(args), args[-1])[1])
+    x = torch.ones(2, 3, 200, dtype=dtype, device="meta")
+    y = op._multiply_on_gpu(x, tiles, flags, 40, 200, 2)
+    assert y.shape == (2, 3, 40) and y.dtype == dtype and y.device.type == "meta"
+    assert len(decoded) == 1

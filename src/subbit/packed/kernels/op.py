@@ -62,7 +62,7 @@ def _panels(rows: int) -> list[tuple[int, int]]:
 
 
 def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
-    if x.dtype in _COMPILED_DTYPES:
+    if x.is_cpu and x.dtype in _COMPILED_DTYPES:
         own = x.float() if x.dtype == torch.float16 else x
         y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
         if y is not None:  # `to` is dear even where it does nothing, and this runs for every token
@@ -83,10 +83,12 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
 def _multiply_on_gpu(
     x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int
 ) -> Tensor:
-    """Triton's kernels, which round no activations; without Triton, panels."""
+    """Triton's kernels, which round no activations; panels without Triton, and for float64."""
     try:
         from subbit.packed.kernels import triton_kernels
     except ImportError:
+        triton_kernels = None
+    if triton_kernels is None or x.dtype not in _COMPILED_DTYPES:
         return _multiply(x, tiles, flags, rows, cols, planes)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = triton_kernels.multiply(flat, tiles, flags, rows, cols)

@@ -141,9 +141,10 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
     weights = rows, cols, full, tiles.numel() // strips
     salient = bits == 3 and bool(flags[-1])
     if batch == 1:
-        gemv_kernel[(strips, 1)](
-            x, tiles, flags, y, *weights, HALF=half, BITS=bits, SALIENT=salient
-        )
+        with torch.cuda.device_of(x):
+            gemv_kernel[(strips, 1)](
+                x, tiles, flags, y, *weights, HALF=half, BITS=bits, SALIENT=salient
+            )
         return y
     dots = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     dot = dots.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
@@ -156,5 +157,6 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
         "ROWS": _GEMM_ROWS,
         "VECTORS": _VECTORS,
     }
-    gemm_kernel[grid](x, tiles, flags, y, batch, *weights, strips, **constants)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, not on that of its tensors
+        gemm_kernel[grid](x, tiles, flags, y, batch, *weights, strips, **constants)
     return y
