@@ -27,8 +27,8 @@ NSAMPLES, SEQLEN = 3, 16
 PLAIN_SUMS = ("llama", "gpt2", "opt")  # out = in + attention + mlp
 
 
-def prepared(family, *overrides):
-    model = tiny_model(family)
+def prepared(family, *overrides, dtype=torch.float32):
+    model = tiny_model(family).to(dtype)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, VOCAB_SIZE, (NSAMPLES, SEQLEN), generator=generator)
     blocks = find_blocks(model)
@@ -47,6 +47,21 @@ def test_groups_hold_every_linear_once_and_writers_add_up(family):
     if family in PLAIN_SUMS:
         assert len(found.writers) == 2
         assert found.groups[-1] == found.writers[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*PLAIN_SUMS, "gemma2"])
+def test_writers_are_found_among_massive_hidden_states(family, dtype):
+    """One token's hidden states dwarf all that a block adds, and their rounding with it."""
+    calibrator, linears = prepared(family, dtype=dtype)
+    block, call, hidden = (
+        calibrator.blocks.modules[0],
+        calibrator.calls[0],
+        calibrator.hidden[:1],
+    )
+    hidden[0, 0] *= 20_000 / hidden[0, 0].abs().max()
+    found = wiring(block, hidden, call, linears)
+    assert len(found.writers) == (0 if family == "gemma2" else 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -89,11 +89,21 @@ def wiring(
             same.append(name)
     alone = [group[0] for group in groups if len(group) == 1]  # attention and MLP may flatten
     writers = [name for name in alone if seen[name][1].shape[-1] == x.shape[-1]]
-    total = x + sum(seen[name][1].view(x.shape) for name in writers) if writers else x
-    scale = (y - x).abs().max() + torch.finfo(torch.float32).tiny
-    if not bool((total - y).abs().max() <= 0.02 * scale):
+    if not _is_sum(y, [x, *(seen[name][1].view(x.shape) for name in writers)]):
         writers = []
     return Wiring(tuple(map(tuple, groups)), tuple(writers))
+
+
+def _is_sum(y: Tensor, parts: list[Tensor]) -> bool:
+    """Whether `y` is the sum of `parts`, but for the rounding of every addition to their dtype.
+
+    Element by element: hidden states of one token may be a thousand times those of another.
+    """
+    y, *parts = (tensor.cpu() for tensor in (y, *parts))  # not every accelerator has float64
+    total = sum(part.double() for part in parts)
+    sizes = sum(part.abs().double() for part in parts)
+    bound = len(parts) * torch.finfo(parts[0].dtype).eps * sizes
+    return len(parts) > 1 and bool(((total - y.double()).abs() <= bound).all())
 
 
 @torch.no_grad()
