@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 
+from subbit.evaluate.speed import processor
 from subbit.packed.kernels import kernel_name, native
 from subbit.packed.kernels.layout import sizes
 from subbit.packed.kernels.op import b3_linear_no_grad
@@ -27,7 +28,8 @@ from subbit.packed.kernels.op import b3_linear_no_grad
 def main() -> None:
     """Measure every shape, number of threads and batch that was asked for."""
     args = _arguments()
-    print(f"kernel {kernel_name()}, torch {torch.__version__}, pools of {args.pool_mb} MB")
+    print(f"{processor()}; kernel {kernel_name()}, torch {torch.__version__}")
+    print(f"pools of {args.pool_mb} MB")
     for shape in args.shape:
         rows, cols = (int(side) for side in shape.split("x"))
         pools = _pools(rows, cols, args.pool_mb << 20, args.salient)

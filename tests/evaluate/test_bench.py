@@ -44,7 +44,7 @@ def test_every_contender_is_measured(found):
         assert (model["prompt"]["tokens"], model["decode"]["tokens"]) == (9, 3)
         for test in (model["prompt"], model["decode"]):
             assert 0 < test["mean"] <= test["best"] and test["sd"] >= 0
-    assert found["threads"] == 1
+    assert found["threads"] == 1 and found["processor"].endswith("cores")
     json.dumps(found, allow_nan=False)
 
 
@@ -160,7 +160,8 @@ def test_the_command(folder, tmp_path):
     short = ["--prompt", "9", "--new-tokens", "3", "--repeats", "1", "--threads", "1"]
     said = CliRunner().invoke(app, ["bench", str(folder), *short])
     assert said.exit_code == 0, said.output
-    for text in ("pp9", "tg3", "decoded", "of read", "after 20 of 20 prompts", "64 x 64"):
+    texts = ("pp9", "tg3", "decoded", "of read", "cores; reading", "after 20 of 20 prompts")
+    for text in (*texts, "64 x 64"):
         assert text in said.output
     found = json.loads(CliRunner().invoke(app, ["bench", str(folder), *short, "--json"]).stdout)
     assert len(found["models"]) == 4

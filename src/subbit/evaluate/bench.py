@@ -76,13 +76,13 @@ def bench(
         say: told what is measured next.
 
     Returns:
-        Plain JSON: "threads", "kernel", "read_bandwidth" (bytes a second or None), "models" (one
-        dict each: "model", "dtype", "backend", "bytes" held at last, "parameters", "token_bytes",
-        "prompt" and "decode" with "tokens", "mean", "sd", "best" in tokens a second, "bandwidth"
-        = token_bytes x best), "linears" (one dict a shape: "shape", "count", "bytes" that a product
-        of the packed float32 model reads, "ms" by "model dtype"), and "tokens": "prompts", "same",
-        "new_tokens" and
-        "gap" of the comparison with the dense float32 weights (`same_tokens`).
+        Plain JSON: "processor", "threads", "kernel", "read_bandwidth" (bytes a second or None),
+        "models" (one dict each: "model", "dtype", "backend", "bytes" held at last, "parameters",
+        "token_bytes", "prompt" and "decode" with "tokens", "mean", "sd", "best" in tokens a second,
+        "bandwidth" = token_bytes x best), "linears" (one dict a shape: "shape", "count", "bytes"
+        that a product of the packed float32 model reads, "ms" by "model dtype"), and "tokens":
+        "prompts", "same", "new_tokens" and "gap" of the comparison with the dense float32 weights
+        (`same_tokens`).
 
     Raises:
         RecipeError: numbers that mean nothing.
@@ -92,7 +92,7 @@ def bench(
     if min(prompt, new_tokens, repeats, threads or 1) < 1:
         raise RecipeError("tokens, repeats and threads of a benchmark must be at least 1")
     names = _names_by_shape(folder)
-    found: dict[str, Any] = {"kernel": kernel_name(), "models": []}
+    found = {"processor": speed.processor(), "kernel": kernel_name(), "models": []}
     with _threads(threads) as found["threads"]:
         found["read_bandwidth"] = speed.read_bandwidth()
         linears: dict[str, dict[tuple[int, int], float]] = {}

@@ -125,7 +125,8 @@ def _bench_linears(found: dict[str, Any]) -> Table:
 def bench_in_words(found: dict[str, Any]) -> str:
     """Return what the tables of `subbit bench` leave out, some lines of text."""
     most = found["read_bandwidth"]
-    lines = [f"reading memory alone: {number(most, lambda b: f'{b / 1e9:.1f} GB/s')}"]
+    reading = number(most, lambda b: f"{b / 1e9:.1f} GB/s")
+    lines = [f"{found['processor']}; reading memory alone: {reading}"]
     for model in found["models"]:
         share = number(most, lambda b, model=model: f", {model['bandwidth'] / b:.0%} of reading")
         lines.append(
