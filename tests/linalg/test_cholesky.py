@@ -39,6 +39,13 @@ def test_the_ladder_climbs_and_says_so():
     assert torch.isfinite(factor.U).all()
 
 
+def test_without_damping_the_ladder_starts_just_above_nothing():
+    X = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    factor = factorize(X.T @ X, 0.0)
+    assert 0 < factor.damping < 1e-3
+    assert not torch.equal(factor.U, factor.U.diagonal().diag())
+
+
 def test_the_last_rung_is_the_diagonal():
     H = torch.eye(4)
     H[0, 1] = H[1, 0] = 1e6

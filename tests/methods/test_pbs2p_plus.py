@@ -172,6 +172,8 @@ def test_groups_and_damping_of_rows_change_the_result():
     assert torch.equal(codes(with_G, row_groups=1), codes(stats))
     assert not torch.equal(codes(with_G, row_groups=4), usual)
     assert not torch.equal(codes(with_G, row_percdamp=10.0), usual)
+    kept = codes(with_G, fine_metric="random", remask=False, passes=0) != 0
+    assert not torch.equal(kept[0], kept[1])  # of two groups: each draws its own mask
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = ["Factor", "factorize"]
 
 _LEAF = 256  # size below which a triangular inverse is left to LAPACK
+_LEAST = 1e-7  # what is climbed from where percdamp is 0
 _RUNGS = 5  # percdamp, 10x, 100x, 1000x, 10000x; then the diagonal alone
 
 
@@ -64,7 +65,7 @@ def factorize(H: Tensor, percdamp: float) -> Factor:
     diagonal[dead] = 1.0
     mean = float(diagonal.mean())
     for rung in range(_RUNGS):
-        damping = percdamp * 10.0**rung
+        damping = max(percdamp, _LEAST if rung else 0.0) * 10.0**rung
         U = _inverse_factor(H, damping * mean)
         if U is not None:
             return Factor(H, U, dead, damping)

@@ -20,7 +20,7 @@ def run_rows(
     G: Tensor,
     groups: int,
     percdamp: float,
-    compress_rows: Callable[[Tensor], R],
+    compress_rows: Callable[[Tensor, int], R],
 ) -> list[tuple[Tensor, R]]:
     """Compress the rows of `W` in groups, one after the other, where outputs feel each other.
 
@@ -36,7 +36,7 @@ def run_rows(
         G: `(rows, rows)`.
         groups: groups of rows; 1 = G does nothing.
         percdamp: share of mean(diag G) that is added to its diagonal.
-        compress_rows: makes the compressed form of some rows `(k, cols)`.
+        compress_rows: makes the compressed form of a group's rows `(k, cols)`, given its number.
 
     Returns:
         For every group its rows, int64 `(k,)`, and what was made of them.
@@ -45,9 +45,9 @@ def run_rows(
     order = torch.cat(parts)
     U = _factor(G[order][:, order], percdamp)
     W, start, found = W[order], 0, []
-    for rows in parts:
+    for number, rows in enumerate(parts):
         stop = start + len(rows)
-        made = compress_rows(W[start:stop])
+        made = compress_rows(W[start:stop], number)
         found.append((rows, made))
         if stop < len(W):
             E = (W[start:stop] - made.dequantize()).T

@@ -1,6 +1,7 @@
 """PBS2P with its avoidable losses taken out: our own options on top of the paper's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -86,15 +87,14 @@ class PBS2PPlus(PBS2P):
         if stats.G is None:
             return self._rows(W, stats, nm, factor)
         self.check_outputs()
+
+        def compress_rows(rows: Tensor, group: int) -> CompressedLinear:
+            # by its name a linear has its own random scores, and so has a group
+            own = replace(stats, name=f"{stats.name}, row group {group}") if group else stats
+            return self._rows(rows, own, nm, factor)
+
         o = self.options
-        parts = run_rows(
-            W,
-            stats.G,
-            o.row_groups,
-            o.row_percdamp,
-            lambda rows: self._rows(rows, stats, nm, factor),
-        )
-        return join_rows(parts)
+        return join_rows(run_rows(W, stats.G, o.row_groups, o.row_percdamp, compress_rows))
 
     def _rows(
         self, W: Tensor, stats: LinearStats, nm: tuple[int, int] | None, factor: Factor
