@@ -115,10 +115,13 @@ def test_the_full_shift_is_the_least_squares_solution(family, residual):
         "asymmetry.strength=1",
         "asymmetry.percdamp=1e-9",
         f"asymmetry.residual={str(residual).lower()}",
+        "calibration.sequential=true",
     )
     calibrator.hidden.add_(0.1 * torch.randn(calibrator.hidden.shape))
     originals = calibrator.originals.clone()
-    (statistics,) = calibrator.rounds(0, linears)
+    statistics = {}
+    for found in calibrator.rounds(0, linears):
+        statistics |= found
     block, call = calibrator.blocks.modules[0], calibrator.calls[0]
     writer = wiring(block, originals[:1], call, linears).writers[-1]
     run = {"x": [], "stream": []}
@@ -151,6 +154,34 @@ def test_the_full_shift_is_the_least_squares_solution(family, residual):
     best = torch.linalg.lstsq(X, Y).solution.T
     assert loss(target) <= loss(W) * (1 + 1e-6)
     assert loss(target) <= loss(best) + 0.02 * (loss(W) - loss(best)) + 1e-6
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_gap_is_made_up_for_once(sequential):
+    """Where linears do not see what those before them make up for, the first writer does it all."""
+    calibrator, linears = prepared(
+        "llama", "asymmetry.strength=1", f"calibration.sequential={str(sequential).lower()}"
+    )
+    calibrator.hidden.add_(0.1 * torch.randn(calibrator.hidden.shape))
+    block, call = calibrator.blocks.modules[0], calibrator.calls[0]
+    found = wiring(block, calibrator.hidden[:1], call, linears)
+    statistics = {}
+    for seen in calibrator.rounds(0, linears):
+        statistics |= seen
+    first, second = (statistics[name].D for name in found.writers)
+    assert first is not None and (second is not None) == sequential
+
+
+def test_a_linear_as_wide_as_the_hidden_states_is_no_writer_for_that():
+    config = tiny_model("opt").config
+    config.ffn_dim = config.hidden_size
+    model = type(tiny_model("opt"))(config).eval()
+    blocks = find_blocks(model)
+    windows = torch.randint(0, VOCAB_SIZE, (1, SEQLEN))
+    calls, hidden = record_calls(model, blocks, windows), first_inputs(model, blocks, windows)
+    linears = find_linears(blocks.modules[0])
+    found = wiring(blocks.modules[0], hidden, calls[0], linears)
+    assert found.writers == ("self_attn.out_proj", "fc2")
 
 
 @pytest.mark.parametrize("family", PLAIN_SUMS)

@@ -229,15 +229,19 @@ class Calibrator:
                     statistics[name] = make(x.shape[-1], self.device)
                 weight = self._weight(x, look.before.get(name), matters[name], n)
                 if name in pairs:
-                    gap = self._gap(name, look, original)
+                    gap = self._gap(name, look, original, found)
                     statistics[name].add_pair(x, original.inputs[name], gap, weight)
                 else:
                     statistics[name].add(x, weight)
         return {name: statistics[group[0]] for group in groups for name in group}
 
-    def _gap(self, name: str, look: Look, original: Look) -> Tensor | None:
-        """What the hidden states that a writer adds to have lost, float32 `(tokens, width)`."""
-        if not self.asymmetry.residual or name not in original.before:
+    def _gap(self, name: str, look: Look, original: Look, found: Wiring) -> Tensor | None:
+        """What the hidden states that a writer adds to have lost, float32 `(tokens, width)`.
+
+        Unless linears see what those before them make up for, the first writer alone is to do it.
+        """
+        makes_up = found.writers if self.sequential else found.writers[:1]
+        if not self.asymmetry.residual or name not in makes_up:
             return None
         stream = look.before[name].float()
         return original.before[name].to(look.before[name]).float() - stream

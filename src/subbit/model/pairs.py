@@ -8,6 +8,7 @@ wanted.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +89,11 @@ def wiring(
         else:
             same.append(name)
     alone = [group[0] for group in groups if len(group) == 1]  # attention and MLP may flatten
-    writers = [name for name in alone if seen[name][1].shape[-1] == x.shape[-1]]
-    if not _is_sum(y, [x, *(seen[name][1].view(x.shape) for name in writers)]):
-        writers = []
-    return Wiring(tuple(map(tuple, groups)), tuple(writers))
+    wide = [name for name in alone if seen[name][1].shape[-1] == x.shape[-1]]
+    # all of them, or all but one: what an MLP is as wide inside as the hidden states are
+    choices = [*combinations(wide, len(wide)), *combinations(wide, max(0, len(wide) - 1))]
+    sums = (w for w in choices if _is_sum(y, [x, *(seen[name][1].view(x.shape) for name in w)]))
+    return Wiring(tuple(map(tuple, groups)), next(sums, ()))
 
 
 def _is_sum(y: Tensor, parts: list[Tensor]) -> bool:
