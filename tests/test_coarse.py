@@ -45,6 +45,18 @@ def test_looking_changes_nothing_and_takes_the_steps_it_said(family):
     assert len(set(numbers)) > 1 and min(numbers) >= 2 and max(numbers) <= 8 and mean <= 4
 
 
+def test_what_a_small_change_does_is_not_lost_in_bfloat16():
+    found = stage(tiny_model("llama").bfloat16())
+    entering = [found.hidden[:1].float()]
+    for i in range(len(found.linears)):
+        entering.append(found._run_exactly(i, entering[-1]))
+    linear = found.linears[0]["self_attn.k_proj"]
+    weight = linear.weight.detach().float()
+    assert found._damage(0, linear, weight, entering) == 0
+    weight[0, 0] *= 1.02  # some steps of bfloat16
+    assert 0 < found._damage(0, linear, weight, entering) < 1e-7
+
+
 def test_a_linear_that_matters_more_keeps_more():
     def down_projection(scale):
         model = tiny_model("llama")

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from subbit.linalg import GramAccumulator
 from subbit.methods import LinearStats, Method
-from subbit.model import BlockCall, Blocks, block_similarities, capture_inputs, run_block, weight_of
+from subbit.model import (
+    BlockCall,
+    Blocks,
+    block_similarities,
+    capture_inputs,
+    in_float32,
+    run_block,
+    weight_of,
+)
 from subbit.prune.allocate import allocate, allocate_measured, mean_kept
 from subbit.recipe import Recipe
 
@@ -118,9 +126,9 @@ class CoarseStage:
         "damages": relative change of the last hidden states when each linear alone is compressed;
         "losses": mean loss of the linears of the middle block that keep 1, 2, ... M of M.
         """
-        entering = [self.hidden[:1]]
-        for block, call in zip(self.blocks.modules, self.calls, strict=True):
-            entering.append(run_block(block, entering[-1], call, device=self.device))
+        entering = [self.hidden[:1].float()]
+        for i in range(len(self.blocks.modules)):
+            entering.append(self._run_exactly(i, entering[-1]))
             _say(advance, 1)
         hidden, damages, losses = self._few.clone(), [], []
         for i, block in enumerate(self.blocks.modules):
@@ -162,18 +170,24 @@ class CoarseStage:
 
     @torch.no_grad()
     def _damage(self, i: int, linear: nn.Module, weight: Tensor, entering: list[Tensor]) -> float:
-        view = weight_of(linear)
-        original = view.clone()
-        view.copy_(weight.to(view))
+        original = weight_of(linear).clone()
+        weight_of(linear).copy_(weight.to(original))
         try:
             x = entering[i]
-            for block, call in zip(self.blocks.modules[i:], self.calls[i:], strict=True):
-                x = run_block(block, x, call, device=self.device)
+            for k in range(i, len(self.blocks.modules)):
+                x = self._run_exactly(k, x)
         finally:
-            view.copy_(original)
-        last = entering[-1].float()
-        change = (x.float() - last).square().sum(-1) / last.square().sum(-1).clamp_min(1e-30)
+            weight_of(linear).copy_(original)  # not the tensor of before: see `in_float32`
+        last = entering[-1]
+        change = (x - last).square().sum(-1) / last.square().sum(-1).clamp_min(1e-30)
         return float(change.mean())
+
+    def _run_exactly(self, i: int, hidden: Tensor) -> Tensor:
+        """Run block i in float32: what a small linear does is less than bfloat16 rounds away."""
+        with in_float32(self.blocks.modules[i]):
+            return run_block(
+                self.blocks.modules[i], hidden, self.calls[i].float(), device=self.device
+            )
 
 
 def _say(advance: Advance, windows: int) -> None:

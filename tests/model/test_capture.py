@@ -11,6 +11,7 @@ from subbit.model import (
     find_blocks,
     find_linears,
     first_inputs,
+    in_float32,
     record_calls,
     run_block,
 )
@@ -185,3 +186,18 @@ def test_gradients_and_hooks_are_left_as_they_were(windows):
     with pytest.raises(ZeroDivisionError):
         run_block(blocks.modules[0], hidden, calls[0], advance=lambda n: n // 0)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_block_in_float32_is_what_it_was_afterwards(family, windows):
+    model = tiny_model(family).bfloat16()
+    block = find_blocks(model).modules[0]
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    buffers = dict(block.named_buffers())
+    with in_float32(block):
+        assert all(p.dtype == torch.float32 for p in block.parameters())
+        with pytest.raises(KeyError), in_float32(block):
+            raise KeyError
+    for name, tensor in block.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+    assert all(buffers[name] is buffer for name, buffer in block.named_buffers())

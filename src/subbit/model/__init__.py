@@ -7,7 +7,13 @@ is recorded from the model's own forward pass.
 from subbit.model.backward import OutputGrams, TokenGradients, backward, look_at_gradients
 from subbit.model.blocks import Blocks, find_blocks, find_linears, replace_module, weight_of
 from subbit.model.calls import BlockCall
-from subbit.model.capture import block_similarities, capture_inputs, check_all_ran, run_block
+from subbit.model.capture import (
+    block_similarities,
+    capture_inputs,
+    check_all_ran,
+    in_float32,
+    run_block,
+)
 from subbit.model.coverage import check_coverage, is_skipped
 from subbit.model.end import ModelEnd, positions_at_once
 from subbit.model.load import LoadedModel, load_model
@@ -34,6 +40,7 @@ __all__ = [
     "find_linears",
     "fingerprint",
     "first_inputs",
+    "in_float32",
     "is_skipped",
     "load_model",
     "look_at_gradients",

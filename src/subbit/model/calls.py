@@ -34,8 +34,14 @@ class BlockCall:
 
     def to(self, device: torch.device) -> "BlockCall":
         """Return the same call with its tensors on `device`."""
-        args = _map_tensors(self.args, lambda tensor: tensor.to(device))
-        kwargs = _map_tensors(self.kwargs, lambda tensor: tensor.to(device))
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def float(self) -> "BlockCall":
+        """Return the same call with its floating-point tensors in float32."""
+        return self._mapped(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "BlockCall":
+        args, kwargs = (_map_tensors(held, function) for held in (self.args, self.kwargs))
         return BlockCall(self.name, args, kwargs, self.hidden_key)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "block_similarities",
     "capture_inputs",
     "check_all_ran",
+    "in_float32",
     "placed",
     "run_block",
 ]
@@ -250,6 +251,21 @@ def placed(block: nn.Module, device: torch.device | str | None) -> Iterator[torc
         yield place
     finally:
         block.to(home)
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Let a block compute in float32; afterwards it is bit for bit what it was."""
+    dtypes = [(parameter, parameter.dtype) for parameter in block.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in block.modules()]
+    block.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
+        for module, own in buffers:
+            module._buffers.update(own)
 
 
 def _check_output(block: nn.Module, x: Tensor, y: Tensor, call: BlockCall, window: int) -> None:
