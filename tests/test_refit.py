@@ -17,7 +17,8 @@ from subbit.model import (
     record_calls,
     run_block,
 )
-from subbit.refit import loose_tensors
+from subbit.recipe import RefitSpec
+from subbit.refit import loose_tensors, refit_block
 from subbit.refit.adam import Adam
 from subbit.refit.model import _Job
 from subbit.refit.tuned import Learner
@@ -211,7 +212,7 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
     job = _Job(learners, hidden, target, calls, ModelEnd(model, blocks), cpu, 0.0, [0])
     learning = [p for learner in learners for p in learner.begin()]
     job._differentiate(0)
-    ours = [p.grad.clone() for p in learning]
+    ours = [p.grad / job._scale for p in learning]
     with torch.enable_grad():
         x = hidden
         for learner, call in zip(learners, calls):
@@ -222,6 +223,23 @@ def test_the_gradient_through_all_blocks_is_that_of_the_whole_model(text):
         theirs = torch.autograd.grad(loss, learning)
     for mine, whole in zip(ours, theirs):
         assert torch.allclose(mine, whole, rtol=1e-3, atol=1e-5 * whole.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_gradients_do_not_vanish_in_float16(text):
+    """They are shares of the squares of large hidden states."""
+    model = fitted("llama", text, "refit.steps=0").model.half()
+    block = Blocks("model.layers", list(model.model.layers)).modules[0]
+    tokens = windows("llama", text)[:1]
+    call = record_calls(model, Blocks("model.layers", list(model.model.layers)), tokens)[0]
+    hidden = 1000 * torch.randn(1, tokens.shape[1], model.config.hidden_size).half()
+    target = run_block(block, hidden, call) * 1.05
+    zeros = []
+    block.register_full_backward_pre_hook(lambda _, given: zeros.append((given[0] == 0).sum()))
+    spec = RefitSpec(steps=2)
+    names = list(packed_modules(block))
+    refit_block(block, names, hidden, target, call, spec, device=torch.device("cpu"))
+    assert zeros == [0, 0]
 
 
 @pytest.mark.parametrize("learns_from", ["calibration", "sampled"])

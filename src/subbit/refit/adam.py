@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "power_of_two"]
 
 
 class Adam:
@@ -19,13 +19,18 @@ class Adam:
         learning: the parameters, as they start.
         rate: the highest rate.
         steps: how many steps there will be.
+        scale: what the loss is multiplied by before gradients are taken of it, a power of two:
+            those of a mean over thousands of numbers are too small for float16.
 
     Attributes:
         done: steps taken.
     """
 
-    def __init__(self, learning: Iterable[nn.Parameter], rate: float, steps: int) -> None:
+    def __init__(
+        self, learning: Iterable[nn.Parameter], rate: float, steps: int, scale: float = 1.0
+    ) -> None:
         self.learning, self.steps, self.done = list(learning), steps, 0
+        self.scale = scale
         self._rates = [rate * _size(parameter) for parameter in self.learning]
         groups = [{"params": [parameter]} for parameter in self.learning]
         self._adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -34,6 +39,9 @@ class Adam:
         """Take a step along the gradients that there are, and clear them."""
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.share
+        for parameter in self.learning:
+            if parameter.grad is not None:
+                parameter.grad /= self.scale
         self._adam.step()
         self._adam.zero_grad()
         self.done += 1
@@ -65,6 +73,11 @@ class Adam:
         groups = self._adam.state_dict()["param_groups"]
         self._adam.load_state_dict({"state": averages, "param_groups": groups})
         self.done = done
+
+
+def power_of_two(number: int) -> float:
+    """The one nearest to a number, at least 1: to multiply with it changes no digit."""
+    return 2.0 ** round(math.log2(max(1, number)))
 
 
 def _size(parameter: Tensor) -> float:

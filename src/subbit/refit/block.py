@@ -13,7 +13,7 @@ from subbit.model import BlockCall
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
-from subbit.refit.adam import Adam
+from subbit.refit.adam import Adam, power_of_two
 from subbit.refit.tuned import JUDGED, Learner, Refit, tune
 
 __all__ = ["refit_block"]
@@ -84,10 +84,12 @@ class _Job:
         learning = self.learner.begin()
         if not learning:
             return
-        optimizer = Adam(learning, self.rate, self.steps)
+        scale = power_of_two(self.target[0].numel())
+        optimizer = Adam(learning, self.rate, self.steps, scale)
         with torch.enable_grad():
             for step in range(self.steps):
-                self._distance(step % len(self.hidden), self.learner).backward()
+                loss = self._distance(step % len(self.hidden), self.learner)
+                (scale * loss).backward()
                 optimizer.step()
                 if self.advance:
                     self.advance(1)

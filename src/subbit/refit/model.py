@@ -15,7 +15,7 @@ from subbit.model import BlockCall, Blocks, ModelEnd, backward
 from subbit.model.capture import placed
 from subbit.packed.linear import dense_cache
 from subbit.recipe import RefitSpec
-from subbit.refit.adam import Adam
+from subbit.refit.adam import Adam, power_of_two
 from subbit.refit.tuned import JUDGED, Learner, Refit, tune
 
 __all__ = ["STEP", "Shelf", "refit_model"]
@@ -132,7 +132,7 @@ class _Job:
         learning = [p for learner in self.learners for p in learner.begin()]
         if not learning:
             return
-        optimizer = Adam(learning, self.rate, self.steps)
+        optimizer = Adam(learning, self.rate, self.steps, self._scale)
         self._take_up(optimizer)
         kept = time.monotonic()
         for window in self.order[optimizer.done :]:
@@ -175,7 +175,7 @@ class _Job:
         leaf = leaving.detach().requires_grad_()
         with torch.enable_grad():
             for part in self._parts:
-                self._divergence(leaf[0], n, part).backward()
+                (self._scale * self._divergence(leaf[0], n, part)).backward()
         return leaf.grad
 
     def _divergence(self, leaving: Tensor, n: int, part: slice) -> Tensor:
@@ -186,6 +186,10 @@ class _Job:
         given = self.end.logits(leaving[part].to(self.device)).float().log_softmax(-1)
         sums = nn.functional.kl_div(given, wanted, log_target=True, reduction="sum")
         return sums / len(target)
+
+    @property
+    def _scale(self) -> float:
+        return power_of_two(self.hidden.shape[1])
 
     @property
     def _parts(self) -> list[slice]:
