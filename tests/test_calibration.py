@@ -156,6 +156,29 @@ def test_the_full_shift_is_the_least_squares_solution(family, residual):
     assert loss(target) <= loss(best) + 0.02 * (loss(W) - loss(best)) + 1e-6
 
 
+def test_no_token_is_all_that_a_gap_is_about():
+    """By size the gap of a token whose hidden states dwarf all others counts as any other."""
+    found = {}
+    for residual in ("true", "relative"):
+        calibrator, linears = prepared(
+            "llama",
+            "asymmetry.strength=1",
+            "calibration.sequential=true",
+            f"asymmetry.residual={residual}",
+        )
+        generator = torch.Generator().manual_seed(1)
+        calibrator.hidden[:, 0] *= 1000
+        calibrator.originals[:, 0] *= 1000
+        noise = torch.randn(calibrator.hidden.shape, generator=generator)
+        calibrator.hidden.mul_(1 + 0.1 * noise)
+        block, call = calibrator.blocks.modules[0], calibrator.calls[0]
+        writer = wiring(block, calibrator.hidden[:1], call, linears).writers[0]
+        for statistics in calibrator.rounds(0, linears):
+            found[residual] = statistics.get(writer, found.get(residual))
+    assert found["relative"].D.norm() < 0.02 * found["true"].D.norm()
+    assert torch.equal(found["relative"].C, found["true"].C)
+
+
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_gap_is_made_up_for_once(sequential):
     """Where linears do not see what those before them make up for, the first writer does it all."""

@@ -244,7 +244,10 @@ class Calibrator:
         if not self.asymmetry.residual or name not in makes_up:
             return None
         stream = look.before[name].float()
-        return original.before[name].to(look.before[name]).float() - stream
+        gap = original.before[name].to(look.before[name]).float() - stream
+        if self.asymmetry.residual == "relative":
+            gap *= _no_larger_than_most(stream)[:, None]
+        return gap
 
     def _matters(self, i: int, group: tuple[str, ...]) -> Tensor | None:
         """By the gradients of linears that share an input, what each token counts, mean 1."""
@@ -267,6 +270,12 @@ class Calibrator:
             weight = _relative(stream)
         weight[0] *= self.first_token
         return weight
+
+
+def _no_larger_than_most(hidden: Tensor) -> Tensor:
+    """Median over every token's mean square, at most 1, of float32 `(tokens, width)`."""
+    square = hidden.square().mean(-1)
+    return (square.median() / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp_max(1)
 
 
 def _relative(hidden: Tensor) -> Tensor:

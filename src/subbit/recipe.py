@@ -140,13 +140,15 @@ class AsymmetrySpec(_Spec):
             solution for the original model's outputs on the compressed model's inputs (1).
         linears: for all linears, or for the "writers" alone, whose outputs are added to the hidden
             states.
-        residual: let a writer also make up for what the hidden states it adds to have lost.
+        residual: let a writer also make up for what the hidden states it adds to have lost; with
+            "relative" by their size: from a token whose hidden states are larger than the median
+            token's so much less is asked, by the square, since later layers normalise them.
         percdamp: share of mean(diag H) that damps the shift.
     """
 
     strength: float = Field(0.0, ge=0, le=1)
     linears: Literal["writers", "all"] = "writers"
-    residual: bool = True
+    residual: bool | Literal["relative"] = True
     percdamp: float = Field(0.01, gt=0)
 
 
