@@ -22,7 +22,6 @@ _OFF = {
     "asymmetry.strength": "0",
     "asymmetry.linears": "writers",
 }
-_MEASURED = ["coarse.allocation=measured", "coarse.n_high=2", "coarse.n_low=3"]
 _ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None = as in the recipe
     ("one-shot", {"spbo": "false"}),
     ("spbo", {"spbo": None}),
@@ -39,13 +38,10 @@ _ROWS: list[tuple[str, dict[str, str | None]]] = [  # name, what changes; None =
     ("asymmetric", {"asymmetry.strength": None}),
     ("all-linears", {"asymmetry.linears": None}),
 ]
-_WRITERS = "asymmetry.linears=writers"  # as in the recipes with gradients
 
 
 def _ablation() -> list[Cell]:
-    """Each row adds to the one before it up to the recipe; what takes gradients adds to the row
-    `asymmetric`.
-    """
+    """Each row adds to the one before it: up to the recipe, then up to that with gradients."""
     cells, now = [], dict(_OFF)
     for name, changes in _ROWS:
         for key, value in changes.items():
@@ -53,14 +49,8 @@ def _ablation() -> list[Cell]:
             if value is not None:
                 now[key] = value
         cells.append(Cell(name, _PLUS, [f"{key}={value}" for key, value in now.items()]))
-    refit, outputs = "pbs2p-plus-refit-6-8", "calibration.outputs=gradient"
-    return [
-        *cells,
-        Cell("outputs", _PLUS, [outputs, _WRITERS]),
-        Cell("allocated", _PLUS, [outputs, *_MEASURED, _WRITERS]),
-        Cell("refit-blocks", refit, ["refit.model_steps=0"]),
-        Cell("refit", refit),
-    ]
+    refit = "pbs2p-plus-refit-6-8"
+    return [*cells, Cell("refit-blocks", refit, ["refit.model_steps=0"]), Cell("refit", refit)]
 
 
 _CHOICES = {
@@ -70,9 +60,10 @@ _CHOICES = {
     "strength-0.5": ["asymmetry.strength=0.5"],
     "strength-0.8": ["asymmetry.strength=0.8"],
     "strength-1": ["asymmetry.strength=1"],
-    "writers": [_WRITERS],
+    "writers": ["asymmetry.linears=writers"],
     "outputs": ["calibration.outputs=gradient"],
     "no-residual": ["asymmetry.residual=false"],
+    "relative-residual": ["asymmetry.residual=relative"],
     "relative-tokens": ["calibration.tokens=relative"],
     "gradient-tokens": ["calibration.tokens=gradient", "calibration.first_token=1"],
     "gradient-and-first-token": ["calibration.tokens=gradient"],
@@ -127,6 +118,7 @@ IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {
             *(Cell(name, _PLUS, changes) for name, changes in _CHOICES.items()),
             Cell("4-8-uniform", "pbs2p-plus-4-8"),
             Cell("4-8-measured", "pbs2p-plus-4-8", _CHOICES["measured"]),
+            Cell("4-8-relative-residual", "pbs2p-plus-4-8", _CHOICES["relative-residual"]),
             *_OTHERS,
         ],
     ),
@@ -138,11 +130,6 @@ IMPROVEMENTS: dict[str, tuple[str, Protocol, list[Cell]]] = {
             *(Cell(name, name) for name in _BITS),
             Cell("pbs2p-plus-4-levels-6-8", "pbs2p-plus-4-levels", ["nm=6:8"]),
             Cell("pbs2p-plus-6-levels", "pbs2p-plus-8-levels", ["free_levels=6"]),
-            Cell(
-                "pbs2p-plus-8-levels-outputs",
-                "pbs2p-plus-8-levels",
-                ["calibration.outputs=gradient"],
-            ),
         ],
     ),
 }
