@@ -10,13 +10,13 @@ that other programs on the machine do not count; with more, wall seconds.
 import argparse
 import cProfile
 import json
-import platform
 import pstats
 import time
 
 import torch
 
 from subbit.methods import LinearStats, Settings, make_method
+from subbit.packed.kernels import processor
 from subbit.recipe import load_recipe
 
 STEPS = {
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    where = torch.cuda.get_device_name() if args.device != "cpu" else platform.machine()
+    where = torch.cuda.get_device_name() if args.device != "cpu" else processor()
     for recipe in args.recipe:
         for shape in args.shapes:
             row = measure(recipe, *map(int, shape.split("x")), args)

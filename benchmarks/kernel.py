@@ -19,8 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from subbit.evaluate.speed import processor
-from subbit.packed.kernels import kernel_name, native
+from subbit.packed.kernels import kernel_name, native, processor
 from subbit.packed.kernels.layout import sizes
 from subbit.packed.kernels.op import b3_linear_no_grad
 

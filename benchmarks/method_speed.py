@@ -8,7 +8,6 @@ other values.
 """
 
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import yaml
 
 from compression_stage import problem
 from subbit.methods import Settings, make_method
+from subbit.packed.kernels import processor
 from subbit.recipe import list_recipes
 
 SHAPES = ((576, 576), (1536, 576))
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     problems = [problem(rows, cols, 4096, "cpu") for rows, cols in SHAPES]
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread, CPU seconds", flush=True)
+    print(f"torch {torch.__version__}, {processor()}, one thread, CPU seconds", flush=True)
     found = {}
     for recipe in list_recipes():
         if args.recipes and recipe.name not in args.recipes:

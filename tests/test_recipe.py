@@ -213,3 +213,11 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str):
 def test_a_file_that_is_not_there(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"nowhere\.yaml: No such file"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_wrong_choice_is_answered_with_the_right_ones():
+    recipe = load_recipe("pbs2p-plus-6-8")
+    for said, meant in (("true", True), ("false", False), ("relative", "relative")):
+        assert recipe.override([f"asymmetry.residual={said}"]).asymmetry.residual == meant
+    with pytest.raises(RecipeError, match=r"asymmetry.residual is 'relatve' .*'relative'"):
+        recipe.override(["asymmetry.residual=relatve"])

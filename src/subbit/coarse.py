@@ -183,7 +183,10 @@ class CoarseStage:
         return float(change.mean())
 
     def _run_exactly(self, i: int, hidden: Tensor) -> Tensor:
-        """Run block i in float32: what a small linear does is less than bfloat16 rounds away."""
+        """Run block i in float32: what a small linear does is less than bfloat16 rounds away.
+
+        It is cast for each run, so that memory never holds more than one block in float32.
+        """
         with in_float32(self.blocks.modules[i]):
             return run_block(
                 self.blocks.modules[i], hidden, self.calls[i].float(), device=self.device

@@ -148,7 +148,7 @@ class AsymmetrySpec(_Spec):
 
     strength: float = Field(0.0, ge=0, le=1)
     linears: Literal["writers", "all"] = "writers"
-    residual: bool | Literal["relative"] = True
+    residual: Literal[False, True, "relative"] = True
     percdamp: float = Field(0.01, gt=0)
 
 

@@ -17,7 +17,7 @@ from subbit.hub.inspect import read_config
 from subbit.hub.load import load, load_tokenizer
 from subbit.model import weight_of
 from subbit.model.load import load_model
-from subbit.packed.kernels import kernel_name
+from subbit.packed.kernels import kernel_name, processor
 from subbit.packed.linear import packed_modules
 
 __all__ = ["PROMPTS", "bench", "same_tokens"]
@@ -92,7 +92,7 @@ def bench(
     if min(prompt, new_tokens, repeats, threads or 1) < 1:
         raise RecipeError("tokens, repeats and threads of a benchmark must be at least 1")
     names = _names_by_shape(folder)
-    found = {"processor": speed.processor(), "kernel": kernel_name(), "models": []}
+    found = {"processor": processor(), "kernel": kernel_name(), "models": []}
     with _threads(threads) as found["threads"]:
         found["read_bandwidth"] = speed.read_bandwidth()
         linears: dict[str, dict[tuple[int, int], float]] = {}

@@ -2,11 +2,8 @@
 
 import inspect
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +20,6 @@ __all__ = [
     "decoding",
     "greedy",
     "linear_times",
-    "processor",
     "prompts",
     "read_bandwidth",
     "read_bytes",
@@ -118,15 +114,6 @@ def linear_times(
             round_of[shape] += _timed(lambda module=module, x=x: module(x))
         best = {shape: min(best[shape], took) for shape, took in round_of.items()}
     return {shape: 1e3 * took / len(names[shape]) for shape, took in best.items()}
-
-
-def processor() -> str:
-    """What the operating system calls the processor, and how many of its cores it sees."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        models = (line.partition(":")[2] for line in lines if line.startswith("model name"))
-        name = next(models, name)
-    return f"{name.strip()}, {os.cpu_count()} cores"
 
 
 def read_bandwidth(nbytes: int = 256 << 20, rounds: int = 8) -> float | None:

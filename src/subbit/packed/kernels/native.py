@@ -10,7 +10,9 @@ process reads it once, since looking it up for every product takes a part of a s
 
 import ctypes
 import os
+import platform
 import struct
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from subbit.errors import RecipeError, SubbitError, nearest
 from subbit.packed.kernels.layout import check_sizes
 
-__all__ = ["available", "dense", "kernel_name", "linear", "read", "worthwhile"]
+__all__ = ["available", "dense", "kernel_name", "linear", "processor", "read", "worthwhile"]
 
 _VERSION = 5
 _ISAS = {  # from the slowest on
@@ -95,6 +97,15 @@ def kernel_name() -> str:
     if switch not in ("on", "off"):
         raise RecipeError(f"SUBBIT_KERNEL is '{switch}'; use on or off")
     return "reference" if switch == "off" else _isa()
+
+
+def processor() -> str:
+    """What the operating system calls the processor, and how many of its cores it sees."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        models = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+        name = next(models, name)
+    return f"{name.strip()}, {os.cpu_count()} cores"
 
 
 def available() -> bool:
