@@ -80,9 +80,9 @@ def test_fuzzed_shapes(isa, linear, batch, planes, seed):
     error = (y.double() - x.double() @ W.double().T).abs()
     scale = linear.levels.scale.expand(linear.levels.params.shape[:2]).double()
     scale = scale.repeat_interleave(linear.group_size, 1)[:, :cols]
-    allowed = tolerance(x, W, planes)
-    if planes == 2:  # sums of (level + 128) x and of -128 x are rounded to float32 before they meet
-        allowed += 383 * 2.0**-24 * (x.double().abs() @ scale.T)
+    # Sums of (level + 128) x and of -128 x are rounded to float32 before they meet, with one plane
+    # once there are several blocks: a row of zeros need not give exactly 0.
+    allowed = tolerance(x, W, planes) + 383 * 2.0**-24 * (x.double().abs() @ scale.T)
     assert (error <= allowed).all()
 
 
