@@ -28,7 +28,7 @@ SMALL = ["calibration.nsamples=3", "calibration.seqlen=24"]
 
 @pytest.fixture
 def folder(tmp_path):
-    model = tiny_model("llama_gqa" if "llama_gqa" in FAMILIES else FAMILIES[0])
+    model = tiny_model("llama")
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
@@ -272,6 +272,34 @@ def test_a_changed_model_does_not_resume(folder, text, tmp_path):
         compress(folder, text, out=tmp_path / "cut")
     compress(folder, text, out=tmp_path / "cut", resume="never")
     assert (tmp_path / "cut").is_dir()
+
+
+def test_a_changed_config_does_not_resume(folder, text, tmp_path, monkeypatch):
+    from subbit.job import Job
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Job, "run", fail)
+        compress(folder, text, out=out)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match=r"model\.config was"):
+        compress(folder, text, out=out, resume="required")
+    (folder / "config.json").write_text(json.dumps(config))
+    compress(folder, text, out=out, resume="required")
+
+
+def test_a_given_model_is_run_in_the_dtype_as_if_loaded_in_it(folder, text):
+    given = tiny_model("llama")
+    ours = compress(given, text, tokenizer=tiny_tokenizer(), dtype="bfloat16")
+    theirs = compress(folder, text, dtype="bfloat16")
+    rotary = ours.model.model.rotary_emb
+    assert rotary.inv_freq.dtype == torch.float32 and ours.model.dtype == torch.bfloat16
+    assert torch.equal(logits(ours.model), logits(theirs.model))
+    assert not any(parameter.requires_grad for parameter in ours.model.parameters())
 
 
 def test_bad_input_ends_early_and_leaves_nothing(folder, text, tmp_path):

@@ -5,6 +5,7 @@ Then `Job` (job.py) takes the blocks in order; each is calibrated on the outputs
 are already compressed, and committed to disk before the next one begins.
 """
 
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from subbit.model import (
     find_blocks,
     fingerprint,
     load_model,
+    take_model,
 )
 from subbit.model.capture import placed
 from subbit.packed.layout import FORMAT_VERSION
@@ -36,6 +38,7 @@ from subbit.packed.linear import packed_modules
 from subbit.places import parse_device, parse_dtype
 from subbit.recipe import Recipe, load_recipe
 from subbit.result import CompressedModel
+from subbit.run.atomic import json_sha256
 from subbit.run.commits import Workdir, check_output
 from subbit.run.progress import Progress
 from subbit.text import SELF, Windows, calibration_windows
@@ -144,9 +147,7 @@ def _load(
         return loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
     if tokenizer is None:
         raise RecipeError("compress() was given a loaded model without tokenizer; pass tokenizer=")
-    if dtype != "auto":
-        model.to(dtype)
-    return LoadedModel(model.eval(), tokenizer, model.config._name_or_path, "memory")
+    return take_model(model, tokenizer, dtype=dtype)
 
 
 def _windows(recipe: Recipe, loaded: LoadedModel, **sampling: Any) -> Windows:
@@ -188,7 +189,12 @@ def _identity(
     """
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "model": {"source": loaded.source, "sha256": fingerprint(loaded.model)},
+        "model": {
+            "source": loaded.source,
+            "sha256": fingerprint(loaded.model),
+            "config": _digest(loaded.model.config.to_dict()),
+            "tokenizer": _digest(loaded.tokenizer.get_vocab()),
+        },
         "calibration": SELF if windows is None else windows.to_dict(),
         "dtype": str(loaded.model.dtype),
         "device": device.type,
@@ -201,3 +207,9 @@ def _identity(
             **{package: version(package) for package in ("torch", "transformers", "safetensors")},
         },
     }
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """SHA-256 of a config or a vocabulary, without where it came from and what wrote it."""
+    facts = {k: v for k, v in facts.items() if k not in ("_name_or_path", "transformers_version")}
+    return json_sha256(json.loads(json.dumps(facts, default=str)))

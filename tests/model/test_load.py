@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from subbit.errors import ModelError, RecipeError
-from subbit.model import fingerprint, load_model
+from subbit.model import fingerprint, load_model, take_model
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -158,6 +158,20 @@ def test_models_that_cannot_be_compressed(folder):
     change_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=auto_map)
     with pytest.raises(ModelError, match="needs model code of its own"):
         load_model(folder)
+
+
+def test_a_model_in_parts_is_refused(folder):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = tiny_model("llama")
+    assert take_model(model, tiny_tokenizer()).model is model
+    add_hook_to_module(model.model.layers[1], ModelHook())
+    with pytest.raises(ModelError, match="without device_map"):
+        take_model(model, tiny_tokenizer())
+    with torch.device("meta"):
+        model = tiny_model("llama")
+    with pytest.raises(ModelError, match="on disk"):
+        take_model(model, tiny_tokenizer())
 
 
 def test_a_folder_without_tokenizer(folder):

@@ -16,7 +16,7 @@ from subbit.model.capture import (
 )
 from subbit.model.coverage import check_coverage, is_skipped
 from subbit.model.end import ModelEnd, positions_at_once
-from subbit.model.load import LoadedModel, load_model
+from subbit.model.load import LoadedModel, load_model, take_model
 from subbit.model.pairs import Look, Wiring, look_at_windows, wiring
 from subbit.model.trace import first_inputs, record_calls
 from subbit.model.weights import check_finite, fingerprint
@@ -49,6 +49,7 @@ __all__ = [
     "record_calls",
     "replace_module",
     "run_block",
+    "take_model",
     "weight_of",
     "wiring",
 ]

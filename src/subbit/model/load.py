@@ -24,7 +24,7 @@ from subbit.model.files import check_weights, fetch, looks_like_hub_id, read_jso
 from subbit.places import parse_device, parse_dtype
 from subbit.quiet import quiet_transformers
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "load_model", "take_model"]
 
 _GGUF_DTYPE = torch.bfloat16
 # weights of the wrong shape are reported, not raised: `check_complete` names them
@@ -39,7 +39,7 @@ class LoadedModel:
         model: dense, in eval mode, no gradients.
         tokenizer: its tokenizer.
         source: what the user asked for.
-        kind: "hub", "local" or "gguf".
+        kind: "hub", "local", "gguf" or "memory".
     """
 
     model: PreTrainedModel
@@ -91,6 +91,40 @@ def load_model(
     if place is not None:
         loaded.model.to(place)
     return loaded
+
+
+def take_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str | torch.dtype = "auto",
+) -> LoadedModel:
+    """Take a causal LM that the caller loaded; it is put in eval mode, and needs no gradients.
+
+    Args:
+        model: dense and whole, on one device.
+        tokenizer: of the model.
+        dtype: what its parameters are cast to, in place, as in `load_model`; "auto" = they stay.
+
+    Raises:
+        ModelError: parts of the model were left on disk or sent to several devices.
+        RecipeError: an unknown dtype.
+    """
+    wanted = parse_dtype(dtype)
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if hooked or any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            "the model was loaded in parts, on several devices or on disk (device_map); load it "
+            "without device_map, or give its name or folder: subbit itself runs it block by block"
+        )
+    if wanted != "auto":
+        # not Module.to: buffers such as the frequencies of rotary embeddings stay in float32, as
+        # they do where transformers loads a model in that dtype
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(wanted)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, model.config._name_or_path, "memory")
 
 
 def _load_folder(
