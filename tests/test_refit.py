@@ -409,6 +409,23 @@ def test_dense_weights_are_gone_when_all_blocks_are_refitted(text, monkeypatch):
     assert alive == [0]
 
 
+def test_hidden_states_of_calibration_are_gone_when_all_blocks_are_refitted(text, monkeypatch):
+    from subbit import job
+
+    alive, real = [], job.refit_model
+
+    def watched(model, blocks, linears, hidden, target, *args, **kwargs):
+        gc.collect()
+        found = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        alive.append(sum(len(x) for x in found if x.shape[1:] == hidden.shape[1:]) / len(hidden))
+        return real(model, blocks, linears, hidden, target, *args, **kwargs)
+
+    monkeypatch.setattr(job, "refit_model", watched)
+    for learns_from in ("calibration", "sampled"):
+        fitted("llama", text, *MODEL, f"refit.model_text={learns_from}")
+    assert alive == [2, 2]
+
+
 def test_the_rate_warms_up_and_falls_to_nothing():
     parameter = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
     optimizer, rates = Adam([parameter], 0.1, 20), []

@@ -133,6 +133,12 @@ class Calibrator:
         if self.originals is not None:
             self._run(i, self.originals, self.originals, None)
 
+    def release(self) -> Tensor:
+        """Hand over `originals` and let go of `hidden`: nothing is calibrated any more."""
+        originals, self.originals = self.originals, None
+        self.hidden = torch.empty(0)
+        return originals
+
     def _run(self, i: int, hidden: Tensor, out: Tensor, advance: Advance) -> Tensor:
         block, call = self.blocks.modules[i], self.calls[i]
         return run_block(block, hidden, call, out=out, device=self.device, advance=advance)

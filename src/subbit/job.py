@@ -134,6 +134,7 @@ class Job:
         self.passes = calibrator.passes(self.linears[0])
         bar.resize(self.steps)
         kept = self._coarse_stage(calls, hidden, bar)
+        del hidden  # the calibrator's, which lets go of it before all blocks are refitted
         log = self._open_log()
         count = len(self.blocks.modules)
         whole = self.committed.is_compressed  # then nobody reads the hidden states it would have
@@ -348,7 +349,9 @@ class Job:
             return
         with self._stage("refit model"):
             begun = time.monotonic()
-            hidden, target, order = lessons.windows(calibrator.originals)
+            # one after the other: each takes as much memory as all calibration did, or more
+            target = lessons.target(calibrator.release())
+            hidden = lessons.inputs()
             done = refit_model(
                 self.model,
                 self.blocks,
@@ -357,7 +360,7 @@ class Job:
                 target,
                 calibrator.calls,
                 self.recipe.refit,
-                order,
+                lessons.order(),
                 frozen=[self._frozen(i) for i in range(len(self.names))],
                 device=self.device,
                 shelf=self.workdir,

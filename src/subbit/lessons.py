@@ -72,24 +72,27 @@ class Lessons:
             run_block(block, hidden, call, out=hidden, device=self.device, advance=advance)
         self._target = hidden
 
-    def windows(self, originals: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-        """Everything `refit_model` learns from.
+    def target(self, originals: Tensor) -> Tensor:
+        """Hidden states that are to leave the last block, `(nsamples + count, seqlen, width)`.
+
+        To be asked for once: those of the written windows are handed over.
 
         Args:
-            originals: hidden states that leave the original model's last block on the calibration
-                windows, `(nsamples, seqlen, width)`.
-
-        Returns:
-            Hidden states that enter the first block and those that are to leave the last, both
-            `(nsamples + count, seqlen, width)`, and the window of every step.
+            originals: those of the original model on the calibration windows.
         """
-        tokens = torch.cat((self.tokens, self._written))
-        hidden = first_inputs(self.model, self.blocks, tokens)
-        target = originals if self._target is None else torch.cat((originals, self._target))
-        return hidden, target, self._order()
+        written, self._target = self._target, None
+        return originals if written is None else torch.cat((originals, written))
 
-    def _order(self) -> list[int]:
-        """Calibration windows in turn; where windows were written, they take every other step."""
+    def inputs(self) -> Tensor:
+        """Hidden states that enter the first block, of the same windows."""
+        tokens = torch.cat((self.tokens, self._written))
+        return first_inputs(self.model, self.blocks, tokens)
+
+    def order(self) -> list[int]:
+        """The window of every step of `refit_model`.
+
+        Calibration windows in turn; where windows were written, they take every other step.
+        """
         given, steps = len(self.tokens), range(self.spec.model_steps)
         if not self.count:
             return [step % given for step in steps]

@@ -103,14 +103,14 @@ def record(i: int) -> dict[str, float]:
     return {"loss": 0.5 + i, "salient_share": 0.1, "damping": 0.01, "paper_bits": 0.8}
 
 
-def save(model: PreTrainedModel, out: Path, **options) -> Path:
+def save(model: PreTrainedModel, out: Path, recipe: dict | None = None, **options) -> Path:
     """Save a packed model as the main job would."""
     records = {name: record(i) for i, name in enumerate(packed_names(model))}
     save_packed(
         model,
         tiny_tokenizer(),
         out,
-        recipe=RECIPE,
+        recipe=recipe or RECIPE,
         calibration=CALIBRATION,
         records=records,
         base_model="someone/tiny",

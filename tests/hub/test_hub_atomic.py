@@ -1,6 +1,7 @@
 """A folder appears complete or not at all."""
 
 import pytest
+from safetensors import SafetensorError
 
 from subbit.errors import ModelError, OutputError
 from subbit.hub.atomic import save_atomically
@@ -56,3 +57,12 @@ def test_a_full_disk_is_named(tmp_path):
 
     with pytest.raises(OutputError, match=r"could not be written.*No space left"):
         save_atomically(tmp_path / "out", build)
+
+
+def test_a_full_disk_under_safetensors_is_named(tmp_path):
+    def build(work):
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(OutputError, match=r"could not be written.*No space left"):
+        save_atomically(tmp_path / "out", build)
+    assert not list(tmp_path.iterdir())

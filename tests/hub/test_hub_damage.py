@@ -297,9 +297,12 @@ def test_what_a_hub_id_is_told_by_its_config(monkeypatch, folders, tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert answer(tmp_path)  # loading it says what is wrong
     assert not answer(EntryNotFoundError("none"))
-    for failure in (LocalEntryNotFoundError("none here"), OSError("no network")):
+    for failure in (LocalEntryNotFoundError("none here"), ConnectionError("no network")):
         with pytest.raises(ModelError, match=r"'someone/packed'.*cannot be reached"):
             answer(failure)  # asking twice would mean waiting twice
+    for failure in (OSError(28, "No space left on device"), RuntimeError("read timed out")):
+        with pytest.raises(ModelError, match=r"'someone/packed'.*failed \(.*(No space|timed out)"):
+            answer(failure)
     assert not fetch.is_packed_on_hub("../somewhere") and not fetch.is_packed_on_hub(str(tmp_path))
 
 

@@ -1,6 +1,7 @@
 """GGUF: the same weights bit for bit, read back by gguf and by transformers, or a refusal."""
 
 import json
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -86,6 +87,12 @@ def test_unknown_tokenizers_are_refused(folder, copy_of, tmp_path):
     path.unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         export_gguf(changed, tmp_path / "m.gguf")
+
+
+def test_nothing_is_kept_in_the_systems_folder_for_temporary_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda *a, **k: pytest.fail("spooled"))
+    assert export_gguf(folder, tmp_path / "m.gguf").stat().st_size > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_an_existing_file_is_left_alone(folder, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from packed_models import packed_model, packed_names, record
+from packed_models import RECIPE, packed_model, packed_names, record, save
 
 from subbit.errors import FormatError
 from subbit.hub.card import model_card
@@ -125,3 +125,20 @@ def test_the_card_tells_both_bit_widths_and_how_to_load(folders):
 def test_inspecting_builds_no_model(folders, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *a, **k: pytest.fail("built a module"))
     inspect_folder(folders("llama"))
+
+
+def test_the_card_of_a_tuned_model_says_so(folders):
+    facts = inspect_folder(folders("llama"))
+    recipe = facts["recipe"]
+    assert "not trained: embeddings, norms" in model_card(facts, remote_code=True)
+    for tuned in ({"steps": 9}, {"steps": 0, "model_steps": 9}):
+        card = model_card(facts | {"recipe": recipe | {"refit": tuned}}, remote_code=True)
+        assert "tuned by gradients" in card and "not trained" not in card
+
+
+def test_the_path_of_a_calibration_file_stays_at_home(tmp_path):
+    calibration = RECIPE["calibration"] | {"source": str(tmp_path / "prose.txt")}
+    folder = save(packed_model("llama"), tmp_path / "out", RECIPE | {"calibration": calibration})
+    assert inspect_folder(folder)["recipe"]["calibration"]["source"] == "prose.txt"
+    for file in folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file

@@ -1,17 +1,19 @@
 """What users of transformers do with a packed model: pipelines, devices, compiling, memory."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from packed_models import int8_model, logits, packed_names, save, tokens
+from packed_models import int8_model, logits, packed_model, packed_names, save, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import tiny_models
-from subbit.errors import FormatError
+from subbit.errors import FormatError, ModelError
 from subbit.hub.backend import set_backend
 from subbit.hub.load import load
+from subbit.hub.manifest import MANIFEST
 from subbit.packed.kernels import kernel_name
 
 
@@ -135,3 +137,25 @@ def test_set_backend_still_has_the_last_word(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     set_backend(model, "reference")
     assert torch.equal(logits(model), logits(load(folder, backend="reference")))
+
+
+def test_code_that_a_checkpoint_names_and_did_not_need_is_not_named_again(tmp_path):
+    model = packed_model("llama")
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "own.Own"}
+    folder = save(model, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_subbit.LlamaForCausalLM"}
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(logits(again), logits(load(folder)))
+
+
+def test_code_of_a_folder_is_not_run_without_trust(tmp_path, capfd):
+    folder = save(packed_model("llama"), tmp_path / "out")
+    (folder / MANIFEST).unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('was run')")
+    with pytest.warns(UserWarning, match=MANIFEST), pytest.raises(ModelError, match="trust it"):
+        load(folder)
+    assert "y/N" not in capfd.readouterr().out  # nobody is asked either

@@ -1,5 +1,6 @@
 """Commits and resume: finished blocks stay, damaged ones are redone, other settings are refused."""
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from subbit.errors import CheckpointError, OutputError
+from subbit.run import guards
 from subbit.run.commits import Workdir, check_output
 
 SETTINGS = {"recipe": {"nm": "6:8", "options": {"tau": 10}}, "model": "abc", "seeds": [0, 1]}
@@ -232,6 +234,24 @@ def test_publish_does_not_overwrite(tmp_path):
         with pytest.raises(OutputError, match="came into being"):
             work.publish(write_model)
     assert not list(out.iterdir())
+
+
+def test_a_finished_run_that_was_cut_off_while_cleaning_up(tmp_path, monkeypatch):
+    out = tmp_path / "m"
+    with Workdir.open(out, SETTINGS) as work:
+        monkeypatch.setattr(work, "discard", lambda: None)
+        work.publish(write_model)
+    with pytest.raises(OutputError, match=r"finished model, only .*m\.partial is left to be rem"):
+        check_output(out)
+
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def refuse(fd, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(guards.fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="No locks available"):
+        Workdir.open(tmp_path / "m", SETTINGS)
 
 
 def test_discard(tmp_path):

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from subbit.errors import OutputError
 
 __all__ = ["save_atomically", "save_file_atomically"]
@@ -40,7 +42,7 @@ def save_atomically(out: str | Path, build: Callable[[Path], None]) -> Path:
         build(work)
         _flush(work)
         os.replace(work, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"'{out}' could not be written: {error}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -62,7 +64,7 @@ def save_file_atomically(out: str | Path, write: Callable[[Path], None]) -> Path
             write(Path(scratch) / out.name)
             _flush(Path(scratch))
             os.replace(Path(scratch) / out.name, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"'{out}' could not be written: {error}.") from error
     return out
 

@@ -40,11 +40,25 @@ _LIMITS = """
 - Paper bits count the signs of the kept weights as published papers do. Stored bits count all that
   the packed linears need to be read back: masks, group labels and scales too. Only the second tells
   the size of a file.
-- It was compressed without training and not evaluated for safety. The licence, the intended uses
-  and the biases of the base model apply.
+- It was not evaluated for safety. The licence, the intended uses and the biases of the base model
+  apply.
 - A damaged or edited file of the model is refused by `subbit.load`. This page and the log of the
   compression may be edited.
 """
+
+
+_RESULT = {
+    False: "It was calibrated, not trained: embeddings, norms and the output head are as they "
+    "were.",
+    True: "Its levels, norms and biases inside the blocks were tuned by gradients on calibration "
+    "text; embeddings, the last norm and the output head are as they were.",
+}
+
+
+def _is_tuned(recipe: dict[str, Any]) -> bool:
+    """Whether gradients changed more than codes and levels of linears."""
+    refit = recipe.get("refit") or {}
+    return bool(refit.get("steps") or refit.get("model_steps"))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -100,9 +114,9 @@ def model_card(facts: dict[str, Any], *, remote_code: bool) -> str:
         [
             _front_matter(facts["base_model"]),
             f"# {base}, compressed with {name}\n",
-            f"This is {base} with the linear layers of its decoder blocks binarized and packed by "
+            f"This is {base} with the linear layers of its decoder blocks in few bits, packed by "
             f"subbit {facts['subbit_version']} (format version {facts['format_version']}). "
-            "Embeddings, norms and the output head are as they were.\n",
+            f"{_RESULT[_is_tuned(recipe)]}\n",
             "## Size\n",
             _table(sizes, ("quantity", "value")),
             _LOAD + (_REMOTE if remote_code else ""),

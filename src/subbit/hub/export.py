@@ -192,7 +192,7 @@ def _skeleton(folder: Path) -> nn.Module:
     """The dense model on the meta device: it tells nn.Linear from Conv1D, and its dtype."""
     try:
         with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             del config.quantization_config
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, AttributeError) as error:

@@ -5,8 +5,9 @@ others are refused.
 """
 
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -54,13 +55,19 @@ def export_gguf(path: str | Path, out: str | Path) -> Path:
         OutputError: `out` exists or cannot be written.
     """
     folder = checked_folder(path)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _check_architecture(folder, config)
     pre = _pretokenizer(folder)
     tensors = DenseTensors(folder)
 
     def write(file: Path) -> None:
+        with tempfile.TemporaryFile(dir=file.parent) as room:
+            fill(file, room)
+
+    def fill(file: Path, room: IO[bytes]) -> None:
         writer = GGUFWriter(file, "llama", use_temp_file=True)
+        # beside the file, where there must be room: the system's own folder may be small, or memory
+        writer.temp_file = room
         _add_architecture(writer, folder, config)
         _add_tokenizer(writer, folder, pre, config.vocab_size)
         names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)

@@ -8,6 +8,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
@@ -42,8 +43,12 @@ def local_folder(path: str | Path) -> Path:
         raise ModelError(f"'{path}' on the hub has no config.json, so it is no model.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(f"'{path}' is neither a folder here nor a model on the hub.") from error
-    except OSError as error:  # no network, in all its forms, offline mode included
+    except (OfflineModeIsEnabled, ConnectionError) as error:
         raise _unreachable(path) from error
+    except (ModelError, FormatError):
+        raise
+    except Exception as error:  # a full disk, or what the client's transport lets through
+        raise _failed(path, error) from error
 
 
 def is_packed_on_hub(hub_id: str) -> bool:
@@ -62,8 +67,10 @@ def is_packed_on_hub(hub_id: str) -> bool:
         raise _unreachable(hub_id) from error
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return False
-    except OSError as error:
+    except (OfflineModeIsEnabled, ConnectionError) as error:
         raise _unreachable(hub_id) from error
+    except Exception as error:
+        raise _failed(hub_id, error) from error
     try:
         read_config(folder)
     except FormatError:  # a packed model all the same; loading it says what is wrong
@@ -82,4 +89,11 @@ def _unreachable(path: str | Path) -> ModelError:
     return ModelError(
         f"'{path}' is not a folder here, and the hub cannot be reached to look for it; "
         "check the path, or the network (and HF_HUB_OFFLINE)."
+    )
+
+
+def _failed(path: str | Path, error: Exception) -> ModelError:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ModelError(
+        f"fetching '{path}' from the hub failed ({reason}); try again, what has arrived is kept"
     )

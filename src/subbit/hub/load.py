@@ -36,6 +36,7 @@ def load(
     keep_dense: bool = False,
     backend: str = "auto",
     planes: int = 2,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a packed model, or raise; it never comes up with weights that are not in the files.
 
@@ -47,6 +48,7 @@ def load(
             fast, but as large in memory as the original.
         backend: "auto", "cpu" or "reference", and
         planes: 2 or 1: see `backend.set_backend`.
+        trust_remote_code: run model code that comes with the folder, where transformers has none.
 
     Raises:
         RecipeError: a dtype, device or backend that is unknown, not there, or does not suit this
@@ -69,7 +71,7 @@ def load(
             stacklevel=2,
         )
         read_folder_headers(folder)
-    model = _build(folder, wanted, place)
+    model = _build(folder, wanted, place, trust_remote_code)
     if not checked:
         _check_contents(model)
     for module in packed_modules(model).values():
@@ -87,7 +89,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = local_folder(path)
     read_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"'{folder}' holds no tokenizer; copy the base model's tokenizer files there or load "
@@ -95,18 +97,29 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _build(folder: Path, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:
+def _build(
+    folder: Path, dtype: str | torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
     device_map = None if device.type == "cpu" else {"": device}
     try:
         with quiet_transformers(), keep_reference():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map=device_map, output_loading_info=True
+                folder,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
     except SafetensorError as error:
         raise FormatError(
             f"the weights in '{folder}' cannot be read ({error}); copy or download them again."
         ) from error
     except (RuntimeError, ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"'{folder}' needs model code of its own; read it, and if you trust it load the "
+                "model with subbit.load(..., trust_remote_code=True)."
+            ) from error
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(f"'{folder}' cannot be loaded: {reason}") from error
     _refuse_gaps(folder, info)

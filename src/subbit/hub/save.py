@@ -64,6 +64,7 @@ def save_packed(
     Raises:
         ModelError: the model holds no packed linear.
     """
+    recipe = _public_recipe(recipe)
     packed = packed_modules(model)
     if not packed:
         raise ModelError("the model holds no packed linear; compress it before saving it.")
@@ -127,6 +128,14 @@ def _public_name(base_model: str | None) -> str | None:
     return path.name if local else base_model
 
 
+def _public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with a calibration file's name in the place of its path on this machine."""
+    calibration = dict(recipe.get("calibration") or {})
+    if isinstance(calibration.get("source"), str):
+        calibration["source"] = PurePath(calibration["source"]).name
+    return recipe | {"calibration": calibration} if calibration else recipe
+
+
 def _embedding_tensors(model: PreTrainedModel) -> list[str]:
     """Names of the tensors that embed tokens or positions or map back to the vocabulary."""
     head = model.get_output_embeddings()
@@ -139,9 +148,13 @@ def _embedding_tensors(model: PreTrainedModel) -> list[str]:
 
 
 def _write_modeling(model: PreTrainedModel, out: Path) -> bool:
-    """Make the folder open through `trust_remote_code=True`; False for a model of foreign code."""
+    """Make the folder open through `trust_remote_code=True`; False for a model of foreign code.
+
+    Where transformers has the class itself, an `auto_map` of the checkpoint gives way: the code it
+    names was not run and is not in the folder.
+    """
     name = type(model).__name__
-    if not hasattr(transformers, name) or "auto_map" in _read_json(out / "config.json"):
+    if getattr(transformers, name, None) is not type(model):
         return False
     (out / "modeling_subbit.py").write_text(_MODELING.format(name=name), encoding="utf-8")
     config = _read_json(out / "config.json")

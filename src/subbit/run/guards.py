@@ -24,13 +24,16 @@ def check_output(out: Path, resume: Resume = "auto") -> Path:
         CheckpointError: `resume="required"` and there is no unfinished run.
     """
     out = Path(os.path.abspath(out))
+    path = out.with_name(out.name + SUFFIX)
     if os.path.lexists(out):
-        raise OutputError(f"the output {out} exists already; remove it or choose another folder")
+        remedy = "remove it or choose another folder"
+        if (path / RUN).is_file():  # cut off while it was being cleared away, or out is another's
+            remedy = f"if it is the finished model, only {path} is left to be removed; or {remedy}"
+        raise OutputError(f"the output {out} exists already; {remedy}")
     if not out.parent.is_dir():
         raise OutputError(f"the folder {out.parent} of the output does not exist; create it first")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {out.parent} of the output is not writable")
-    path = out.with_name(out.name + SUFFIX)
     if os.path.lexists(path) and not _is_run(path):
         raise OutputError(f"{path} is in the way and is no unfinished run; move it away")
     if resume == "required" and not (path / RUN).is_file():
@@ -52,7 +55,7 @@ def take_lock(path: Path) -> int:
 
     Raises:
         CheckpointError: another process holds the lock.
-        OutputError: the folder cannot be made.
+        OutputError: the folder cannot be made, or its file system has no locks.
     """
     while True:
         try:
@@ -64,11 +67,17 @@ def take_lock(path: Path) -> int:
             raise OutputError(f"cannot make the folder {path}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(fd)
             raise CheckpointError(
                 f"another process is at work in {path}; wait for it or choose another folder"
             ) from None
+        except OSError as error:
+            os.close(fd)
+            raise OutputError(
+                f"{path} cannot be locked ({error.strerror}): its file system has no locks; choose "
+                "an output folder on another one"
+            ) from error
         try:
             if os.path.samestat(os.fstat(fd), os.stat(path / LOCK)):
                 return fd
