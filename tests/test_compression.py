@@ -302,6 +302,19 @@ def test_a_given_model_is_run_in_the_dtype_as_if_loaded_in_it(folder, text):
     assert not any(parameter.requires_grad for parameter in ours.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["my corpus #2.txt", "notes: 2024.txt", "@x.txt", "[a].txt"])
+def test_the_path_of_a_text_is_taken_as_it_is(name, folder, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(Path(text).read_text())
+    assert compress(folder, name).calibration["source"] == name
+
+
+def test_a_text_that_is_not_there_is_missed_before_the_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("subbit.compression.load_model", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(RecipeError, match="c4"):
+        compress(folder, "c5")
+
+
 def test_bad_input_ends_early_and_leaves_nothing(folder, text, tmp_path):
     out = tmp_path / "packed"
 

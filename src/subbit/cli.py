@@ -22,8 +22,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Talker = Annotated[str, typer.Argument(metavar="DIR", help="Packed folder, or any model.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 = always the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens of this mass (temperature above 0).")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling (temperature above 0).")]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -324,6 +326,8 @@ def export(
     """Write a packed folder in a form for tools that know nothing of subbit."""
     if (dense is None) == (gguf is None):
         raise typer.BadParameter("give one of --dense OUT and --gguf FILE")
+    if gguf is not None and dtype != "auto":
+        raise typer.BadParameter("--dtype is of --dense; a GGUF file keeps the weights as they are")
     with _stderr.status("writing"):
         if gguf is not None:
             from subbit.hub.export_gguf import export_gguf

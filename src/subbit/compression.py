@@ -41,7 +41,7 @@ from subbit.result import CompressedModel
 from subbit.run.atomic import json_sha256
 from subbit.run.commits import Workdir, check_output
 from subbit.run.progress import Progress
-from subbit.text import SELF, Windows, calibration_windows
+from subbit.text import SELF, Windows, calibration_windows, load_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +95,8 @@ def compress(
     if out is not None:
         check_output(Path(out), resume)
     place, wanted = parse_device(device), parse_dtype(dtype)
+    if recipe.calibration.source != SELF:
+        load_text(recipe.calibration.source, "calibration")  # is it there? before the model is
     if progress and not isinstance(model, nn.Module):
         print(f"loading {model}", file=sys.stderr, flush=True)
     loaded = _load(model, tokenizer, wanted)
@@ -133,7 +135,11 @@ def _settle(
         recipe = load_recipe(recipe)
     recipe = recipe.override(list(overrides))
     given = {"source": calibration, "nsamples": nsamples, "seqlen": seqlen}
-    named = [f"calibration.{key}={value}" for key, value in given.items() if value is not None]
+    named = [  # as JSON: a path may hold what YAML takes for something else
+        f"calibration.{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+        for key, value in given.items()
+        if value is not None
+    ]
     return recipe.override(named)
 
 

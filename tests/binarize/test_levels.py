@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from subbit.binarize import descent
+from subbit.binarize import descent, levels
 from subbit.binarize.levels import fit_levels, fit_scale
 
 
@@ -91,8 +91,21 @@ def test_the_compiled_fit_is_the_torch_fit(monkeypatch):
 
 def test_wide_blocks_are_left_to_torch():
     W, keep, weight = problem(2, 300)
-    codes, levels = fit_levels(W, keep, 5, weight)
-    assert error(W, keep, weight, codes, levels).sum() > 0 and codes.max() == 5
+    codes, found = fit_levels(W, keep, 5, weight)
+    assert error(W, keep, weight, codes, found).sum() > 0 and codes.max() == 5
+
+
+def test_wide_blocks_take_little_memory(monkeypatch):
+    sizes, real = [], levels._exact
+
+    def watched(ascending, *args):
+        sizes.append(len(ascending) * ascending.shape[1] ** 2)
+        return real(ascending, *args)
+
+    monkeypatch.setattr(levels, "_exact", watched)
+    W = torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
+    codes, _ = fit_levels(W, torch.ones(40, 600, dtype=torch.bool), 3, torch.ones(600))
+    assert max(sizes) <= 2**20 and codes.shape == W.shape
 
 
 @pytest.mark.parametrize("zero", [False, True])

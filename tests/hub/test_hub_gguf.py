@@ -158,6 +158,8 @@ def test_the_command(folder, folders, tmp_path):
     out = str(tmp_path / "m.gguf")
     said = CliRunner().invoke(app, ["export", str(folder), "--gguf", out])
     assert said.exit_code == 0 and said.stdout == f"saved {out}\n"
+    typed = CliRunner().invoke(app, ["export", str(folder), "--gguf", out, "--dtype", "float16"])
+    assert typed.exit_code != 0 and "--dtype is of" in typed.output
     both = ["export", str(folder), "--gguf", out, "--dense", str(tmp_path / "d")]
     assert CliRunner().invoke(app, both).exit_code == 2
     refused = CliRunner().invoke(app, ["export", str(folders("llama")), "--gguf", out + "2"])

@@ -5,7 +5,7 @@ import torch
 from problems import PROBLEMS, problem
 
 from subbit.errors import RecipeError
-from subbit.methods import Settings, make_method
+from subbit.methods import LinearStats, Settings, make_method
 from subbit.packed.pack import pack, unpack
 
 SETTINGS = Settings(blocksize=64)
@@ -224,3 +224,34 @@ def test_methods_that_do_not_prune_say_so():
     for method in ("xnor", "pb-llm"):
         with pytest.raises(RecipeError, match=f"{method}.*nm: null"):
             run(method, (4, 8))
+
+
+@pytest.mark.parametrize(
+    ("method", "with_dead", "without"),
+    [
+        ("billm", {"salient_max": 10}, {"salient_max": 20}),
+        ("stbllm", {"salient_max": 10}, {"salient_max": 20}),
+        ("arb", {"salient_max": 10}, {"salient_max": 20}),
+        ("pb-llm", {"salient_share": 0.05}, {"salient_share": 0.1}),
+    ],
+)
+def test_columns_without_input_take_nothing_from_the_scales_of_others(method, with_dead, without):
+    W, stats = problem("plain")
+    rows, cols = W.shape
+    wide, H = torch.zeros(rows, 2 * cols), torch.zeros(2 * cols, 2 * cols)
+    wide[:, ::2], wide[:, 1::2], H[::2, ::2] = W, W.flip(1), stats.H
+    settings = Settings(blocksize=128, percdamp=0.02)  # of half the mean diagonal
+    found = make_method(method, with_dead, settings).compress(
+        wide, LinearStats(H, stats.tokens, mean=torch.zeros(2 * cols)), None
+    )
+    alone = make_method(method, without, SETTINGS).compress(W, stats, None)
+    assert found.record["loss"] == pytest.approx(alone.record["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "grid", [[0.1, 0.9, 0], [0.1, 0.9, -3], [2, 9, 9], [-5, -1, 9], [0.9, 0.1, 9], [0.1, 0.9, 1]]
+)
+@pytest.mark.parametrize("method", ["billm", "stbllm", "pbs2p"])
+def test_a_grid_of_split_points_that_means_nothing(method, grid):
+    with pytest.raises(RecipeError, match=r"split_grid.*0 < first <= last <= 1"):
+        make_method(method, {"split_grid": grid}, SETTINGS)

@@ -53,6 +53,17 @@ def test_bos_of_documents():
     assert windows.tokens.tolist() == [[bos, *ids("xy\n"), *ids("\n"), bos, *ids("z")]]
 
 
+def test_wikitext_has_no_documents():
+    with pytest.raises(RecipeError, match="wikitext2 is one text"):
+        make_windows(
+            Text("wikitext2", "calibration", ["a b", "c d"], "\n", "x"),
+            tiny_tokenizer(),
+            nsamples=1,
+            seqlen=2,
+            bos="document",
+        )
+
+
 def test_random_windows_are_reproducible_and_leave_the_global_rng_alone():
     source = text("".join(chr(97 + (i * i) % 26) for i in range(400)))
     options = {"nsamples": 6, "seqlen": 16, "sample": "random"}

@@ -7,7 +7,7 @@ from subbit.binarize import descent
 
 __all__ = ["fit_levels", "fit_scale"]
 
-_ROWS = 64  # at a time without the compiled form: the table of costs is (rows, b, b)
+_ROWS, _COSTS = 64, 2**20  # at most at a time without the compiled form: costs are (rows, b, b)
 
 
 def fit_levels(W: Tensor, keep: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,11 @@ def fit_levels(W: Tensor, keep: Tensor, count: int, weight: Tensor) -> tuple[Ten
     if descent.available(keep.T, 1, [count]):
         levels = descent.exact_levels(ascending, mass, kept, count)
     else:
+        rows = max(1, min(_ROWS, _COSTS // W.shape[1] ** 2))
         levels = torch.cat(
             [
                 _exact(w, m * (torch.arange(w.shape[1], device=w.device) < k[:, None]), k, count)
-                for w, m, k in zip(ascending.split(_ROWS), mass.split(_ROWS), kept.split(_ROWS))
+                for w, m, k in zip(ascending.split(rows), mass.split(rows), kept.split(rows))
             ]
         )
     return (_nearest(W, levels) + 1) * keep, levels

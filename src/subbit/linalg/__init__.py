@@ -3,7 +3,7 @@
 from subbit.linalg.blockloop import BlockView, compensate, run_blocks
 from subbit.linalg.cholesky import Factor, factorize
 from subbit.linalg.columns import sweep_columns
-from subbit.linalg.gram import GramAccumulator, PairAccumulator, relative_loss
+from subbit.linalg.gram import GramAccumulator, PairAccumulator, error_energy, relative_loss
 from subbit.linalg.rowloop import run_rows
 from subbit.linalg.target import shifted_target
 
@@ -13,6 +13,7 @@ __all__ = [
     "GramAccumulator",
     "PairAccumulator",
     "compensate",
+    "error_energy",
     "factorize",
     "relative_loss",
     "run_blocks",

@@ -9,7 +9,8 @@ from torch import Tensor
 __all__ = ["Factor", "factorize"]
 
 _LEAF = 256  # size below which a triangular inverse is left to LAPACK
-_LEAST = 1e-7  # what is climbed from where percdamp is 0
+_LEAST = 1e-7  # less on the diagonal of H is rounded away in float32
+_DEAD = 1e-4  # diagonal of a dead column, as a share of the mean of the others
 _RUNGS = 5  # percdamp, 10x, 100x, 1000x, 10000x; then the diagonal alone
 
 
@@ -18,7 +19,7 @@ class Factor:
     """What the block loop needs of H.
 
     Attributes:
-        H: float32 `(cols, cols)`, undamped, dead columns given a unit diagonal.
+        H: float32 `(cols, cols)`, undamped, dead columns given a small diagonal.
         U: float32 `(cols, cols)` upper triangular with `(H + damping * I)^-1 = U^T U`.
         dead: bool `(cols,)`: columns whose input is always zero; their weights mean nothing.
         damping: what was added to the diagonal, as a fraction of its mean; inf = only the
@@ -55,17 +56,17 @@ def factorize(H: Tensor, percdamp: float) -> Factor:
 
     Args:
         H: `(cols, cols)` symmetric, un-normalised.
-        percdamp: first rung, as a fraction of the mean of the diagonal.
+        percdamp: first rung, as a fraction of the mean of the diagonal; 1e-7 at least.
     """
     H = H.clone()
     diagonal = H.diagonal()
     dead = diagonal <= 0
     H[dead, :] = 0
     H[:, dead] = 0
-    diagonal[dead] = 1.0
+    diagonal[dead] = _DEAD * diagonal[~dead].mean() if not dead.all() else 1.0
     mean = float(diagonal.mean())
     for rung in range(_RUNGS):
-        damping = max(percdamp, _LEAST if rung else 0.0) * 10.0**rung
+        damping = max(percdamp, _LEAST) * 10.0**rung
         U = _inverse_factor(H, damping * mean)
         if U is not None:
             return Factor(H, U, dead, damping)

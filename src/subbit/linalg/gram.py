@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["GramAccumulator", "PairAccumulator", "relative_loss"]
+__all__ = ["GramAccumulator", "PairAccumulator", "error_energy", "relative_loss"]
 
 _STRIPE = 256  # columns of H computed at a time; only the lower triangle is
 
@@ -95,11 +95,10 @@ def relative_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
         W_hat: what replaces it, same shape.
         H: `(cols, cols)`, undamped.
     """
-    E = W - W_hat
-    error, energy = _trace(E, H), _trace(W, H)
+    error, energy = error_energy(W - W_hat, H), error_energy(W, H)
     return error / energy if energy > 0 else 0.0
 
 
-def _trace(A: Tensor, H: Tensor) -> float:
-    """`tr(A H A^T)`; row by row first, so that it does not depend on the number of threads."""
-    return float(((A @ H) * A).sum(-1, dtype=torch.float64).sum())
+def error_energy(E: Tensor, H: Tensor) -> float:
+    """`tr(E H E^T)`; row by row first, so that it does not depend on the number of threads."""
+    return float(((E @ H) * E).sum(-1, dtype=torch.float64).sum())

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from subbit.codes import CompressedLinear
-from subbit.linalg import relative_loss
+from subbit.linalg import error_energy
 from subbit.methods.base import LinearStats, Method
 from subbit.methods.grids import GridOptions, round_linear
 
@@ -56,9 +56,9 @@ class AWQ(Method):
             alpha = i / count
             scale = _column_scale(stats, alpha)
             candidate = _round_scaled(W, scale, size, self.options.bits, {"alpha": alpha})
-            loss = relative_loss(W, candidate.dequantize(), stats.H)
-            if best is None or loss < least:
-                best, least = candidate, loss
+            energy = error_energy(W - candidate.dequantize(), stats.H)
+            if best is None or energy < least:
+                best, least = candidate, energy
         return best
 
 

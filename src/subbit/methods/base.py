@@ -3,23 +3,36 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from subbit.codes import Compressed
 from subbit.errors import ModelError, NonFiniteError, RecipeError, nearest
 from subbit.linalg import Factor, relative_loss
 
-__all__ = ["LinearStats", "Method", "Options", "Settings", "damping_record"]
+__all__ = ["LinearStats", "Method", "Options", "Settings", "SplitGrid", "damping_record"]
 
 
 class Options(BaseModel):
     """Base of a method's own options; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _checked_grid(grid: tuple[float, float, int]) -> tuple[float, float, int]:
+    first, last, count = grid
+    if not (0 < first <= last <= 1 and count >= 3):
+        raise ValueError(
+            "must be (first, last, count): 0 < first <= last <= 1, at least 3 candidates"
+        )
+    return grid
+
+
+SplitGrid = Annotated[tuple[float, float, int], AfterValidator(_checked_grid)]
+"""Candidates for a split point: shares of the largest weight, evenly spaced, and how many."""
 
 
 @dataclass(frozen=True)

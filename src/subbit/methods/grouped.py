@@ -14,7 +14,7 @@ from subbit.codes import CompressedLinear
 from subbit.errors import RecipeError
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, FittedPart, assemble, code_block, storing
-from subbit.methods.base import LinearStats, Method, Options, damping_record
+from subbit.methods.base import LinearStats, Method, Options, SplitGrid, damping_record
 from subbit.prune import METRICS, PRUNING, Scorer, select, structure
 
 __all__ = ["GroupedMethod", "GroupedOptions", "When"]
@@ -41,7 +41,7 @@ class GroupedOptions(Options):
     salient_max: int = Field(50, ge=0)
     split_points: int = Field(1, ge=0, le=3)
     sigma: float = Field(2.0, gt=1.0)
-    split_grid: tuple[float, float, int] = (0.1, 0.9, 9)
+    split_grid: SplitGrid = (0.1, 0.9, 9)
 
 
 class GroupedMethod(Method):
@@ -115,12 +115,13 @@ class GroupedMethod(Method):
                 mask, nm = torch.ones_like(mask), None
 
         as_stored = storing(self.settings.levels, W)
+        live = ~factor.dead if not self.options.published else torch.ones_like(factor.dead)
 
         def compress_block(block: BlockView) -> CodedBlock:
             keep = mask[:, block.start : block.stop]
             if when == "inside":
                 keep = select(scorer(block), nm, pruning, by_row=scorer.by_row)
-            return as_stored(self._compress_block(block, keep))
+            return as_stored(self._compress_block(block, keep, live[block.start : block.stop]))
 
         blocks = run_blocks(W, factor, size, compress_block)
         kept, whole = structure(nm, pruning)
@@ -132,11 +133,13 @@ class GroupedMethod(Method):
             result = replace(result, codes=result.codes * keep)
         return result
 
-    def _compress_block(self, block: BlockView, keep: Tensor) -> CodedBlock:
-        groups = self._groups(block, keep)
+    def _compress_block(self, block: BlockView, keep: Tensor, live: Tensor) -> CodedBlock:
+        """Code a block; only kept weights in live columns (bool `(b,)`) decide how."""
+        counted = keep & live
+        groups = self._groups(block, counted)
 
         def fit(columns: Tensor, salient: bool) -> FittedPart:
-            support = groups.supports(salient) & keep[:, columns]
+            support = groups.supports(salient) & counted[:, columns]
             return self._fit(block, columns, support, 2 if salient else 1)
 
         parts = fit(~groups.salient, False), fit(groups.salient, True)

@@ -50,7 +50,7 @@ class PBLLM(Method):
     ) -> CompressedLinear:
         o, size = self.options, self.settings.blocksize
         factor = factorize(stats.H, self.settings.percdamp)
-        W = factor.live(W)
+        W, live = factor.live(W), ~factor.dead
         scores = Scorer(o.fine_metric, W, stats.H, factor).score(W)
         salient = _highest(scores, round(o.salient_share * W.numel()))
         grid = fit_grid(W * salient, _LEVELS)
@@ -58,7 +58,7 @@ class PBLLM(Method):
             W,
             factor,
             size,
-            lambda block: _code_block(block, salient[:, block.start : block.stop], grid),
+            lambda block: _code_block(block, salient[:, block.start : block.stop], grid, live),
             compensation="exact",
         )
         some = bool(salient.any())
@@ -85,9 +85,9 @@ class _Block:
         return self.W
 
 
-def _code_block(block: BlockView, salient: Tensor, grid: Tensor) -> _Block:
-    binary = ~salient
-    mean = (block.W.abs() * binary).sum(1) / binary.sum(1).clamp_min(1)
+def _code_block(block: BlockView, salient: Tensor, grid: Tensor, live: Tensor) -> _Block:
+    counted = ~salient & live[block.start : block.stop]
+    mean = (block.W.abs() * counted).sum(1) / counted.sum(1).clamp_min(1)
     alpha = mean.half()
     codes = torch.empty_like(salient, dtype=torch.uint8)
 

@@ -12,7 +12,7 @@ from subbit.binarize.spbo import Part, binarize_part, spbo
 from subbit.codes import CompressedLinear
 from subbit.linalg import BlockView, Factor, factorize, run_blocks
 from subbit.methods.assemble import CodedBlock, assemble, code_block, storing
-from subbit.methods.base import LinearStats, Method, Options, damping_record
+from subbit.methods.base import LinearStats, Method, Options, SplitGrid, damping_record
 from subbit.prune import BY_ROW, PRUNING, Scorer, pruning_ranks, structure
 
 __all__ = ["PBS2P", "PBS2POptions"]
@@ -35,7 +35,7 @@ class PBS2POptions(Options):
     salient: bool = True
     salient_max: int = Field(50, ge=0)
     split_points: int = Field(2, ge=0, le=3)
-    split_grid: tuple[float, float, int] = (0.1, 0.9, 160)
+    split_grid: SplitGrid = (0.1, 0.9, 160)
     sigma: float = Field(2.0, gt=1.0)
     groups_from: Literal["retained", "full"] = "retained"
     compensation: Literal["diagonal", "exact"] = "diagonal"

@@ -9,6 +9,7 @@ from torch import Tensor
 from subbit.binarize.groups import Split
 from subbit.binarize.spbo import Part, binarize_part
 from subbit.linalg import BlockView
+from subbit.methods.base import SplitGrid
 from subbit.methods.grouped import GroupedMethod, GroupedOptions, When
 from subbit.prune import METRICS
 
@@ -27,7 +28,7 @@ class STBLLMOptions(GroupedOptions):
     order: Literal["prune-then-quantise", "quantise-then-prune"] = "prune-then-quantise"
     search: Literal["trisection", "naive"] = "trisection"
     split_points: int = Field(2, ge=0, le=3)
-    split_grid: tuple[float, float, int] = (0.1, 0.9, 160)
+    split_grid: SplitGrid = (0.1, 0.9, 160)
 
 
 class STBLLM(GroupedMethod):

@@ -134,6 +134,10 @@ def make_windows(
     """
     _check_options(tokenizer, nsamples, seqlen, bos, sample, skip_tokens)
     _check_size(text)
+    if bos == "document" and text.name == "wikitext2":
+        raise RecipeError(
+            "wikitext2 is one text whose rows are lines, not documents; use bos 'window' or 'none'"
+        )
     if bos == "document":
         stream = _tokenize_documents(text, tokenizer)
     else:
@@ -227,7 +231,7 @@ def _tokenize_documents(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tenso
     pieces = [document + text.joiner for document in text.documents[:-1]] + text.documents[-1:]
     stream: list[int] = []
     for document, ids in zip(text.documents, _tokenize(pieces, tokenizer)):
-        if document.strip():  # the blank rows of wikitext2 are no documents
+        if document.strip():  # blank lines are no documents
             stream.append(tokenizer.bos_token_id)
         stream.extend(ids)
     return torch.tensor(stream, dtype=torch.long)
