@@ -126,6 +126,7 @@ class Job:
             self._store_seconds()
 
     def _run(self, bar: Progress) -> CompressedModel:
+        bar.phase("two windows through the original model")
         calls = record_calls(self.model, self.blocks, self.tokens)
         hidden = first_inputs(self.model, self.blocks, self.tokens)
         lessons = self._lessons(calls, bar)
