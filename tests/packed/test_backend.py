@@ -137,6 +137,64 @@ def test_torch_compile(batch):
     assert torch.equal(compiled(x(batch)), made(x(batch)))
 
 
+def test_torch_compile_with_gradients():
+    made, inputs = module(), x(3).requires_grad_()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(inputs).square().sum(), inputs)
+    (wanted,) = torch.autograd.grad(made(inputs).square().sum(), inputs)
+    assert torch.equal(found, wanted)
+
+
+def test_many_gradients_at_once_and_gradients_of_gradients():
+    jacobian = torch.autograd.functional.jacobian
+    found = jacobian(module(), x(2), vectorize=True)
+    wanted = jacobian(module("reference"), x(2), vectorize=True)
+    assert close(found, wanted)
+
+    def twice(made):
+        inputs = x(2).requires_grad_()
+        (once,) = torch.autograd.grad(made(inputs).pow(3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(once.square().sum(), inputs)[0]
+
+    assert close(twice(module()), twice(module("reference")), 1e-3)
+
+
+def test_another_default_device_changes_nothing():
+    wanted, made = module(), module("reference")
+    with torch.device("meta"):
+        made.set_backend("cpu")
+        dense = made.dequantize()
+        made.half()
+    assert made.backend == "cpu" and torch.equal(made.tiles, wanted.tiles)
+    assert torch.equal(dense, wanted.dequantize())
+    with torch.device("meta"):
+        made.set_backend("reference")
+    assert torch.equal(made.dequantize(), dense)
+
+
+def test_weights_are_not_decoded_to_where_there_is_no_memory():
+    made = module()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="FakeTensor"):
+        made.dequantize()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_activations_without_fractions_are_refused(backend, dtype):
+    with pytest.raises(ValueError, match="floating-point"):
+        module(backend)(torch.ones(2, 200, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_backend_chosen_in_inference_mode_passes_gradients(backend):
+    made = module("reference" if backend == "cpu" else "cpu")
+    with torch.inference_mode():
+        made.set_backend(backend)
+    inputs = x(2).requires_grad_()
+    made(inputs).sum().backward()
+    assert inputs.grad.isfinite().all()
+
+
 class Watching(TorchDispatchMode):
     """A mode such as profilers and counters have."""
 

@@ -82,8 +82,9 @@ def select_rows(table: Tensor, index: Tensor) -> Tensor:
 def _digit_table(radix: int, digits: int, device: torch.device) -> Tensor:
     """Digits of every number below `radix**digits`, uint8 `(radix**digits, digits)`."""
     numbers = torch.arange(radix**digits, dtype=torch.int32, device=device)
-    scale = radix ** torch.arange(digits, dtype=torch.int32, device=device)
-    return (numbers[:, None] // scale % radix).to(torch.uint8)
+    # one after the other: torch.compile divides by the empty lanes of a vector of powers
+    found = [numbers // radix**digit % radix for digit in range(digits)]
+    return torch.stack(found, -1).to(torch.uint8)
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:

@@ -108,13 +108,9 @@ class PackedLinear(nn.Module):
         if backend == self.backend:
             return
         self._dense = None
-        if backend == "cpu":
-            self._expand()
-        else:
-            fields = self.fields()
-            del self.tiles, self.flags
-            for name, tensor in fields.items():
-                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        # an inference tensor kept for later would be useless under autograd
+        with torch.inference_mode(False), torch.no_grad():
+            self._expand() if backend == "cpu" else self._collapse()
 
     def _expand(self) -> None:
         if not fits(self.layout) or self.levels.device.type != "cpu":
@@ -128,6 +124,12 @@ class PackedLinear(nn.Module):
         self.register_buffer("flags", flags, persistent=False)
         for name in self.layout.fields():
             setattr(self, name, None)
+
+    def _collapse(self) -> None:
+        fields = self.fields()
+        del self.tiles, self.flags
+        for name, tensor in fields.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def fields(self) -> dict[str, Tensor]:
         """The packed tensors by field name."""
@@ -195,9 +197,10 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         self._dense = None
-        probe = fn(torch.empty(0, dtype=torch.uint8))
-        if self.backend == "cpu" and probe.device.type != "cpu":
-            self.set_backend("reference")
+        if self.backend == "cpu":
+            probe = fn(torch.empty(0, dtype=torch.uint8, device=self.tiles.device))
+            if probe.device.type != "cpu":
+                self.set_backend("reference")
         bias = self.bias
 
         def keep_dtype(tensor: Tensor) -> Tensor:

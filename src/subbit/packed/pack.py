@@ -137,7 +137,12 @@ def decode_dense(layout: AnyLayout, tensors: Mapping[str, Tensor], dtype: torch.
     """The dense weight that packed tensors mean, `dtype` `(rows, cols)`; raises as `unpack`.
 
     It is made some rows at a time: no more than it and a few megabytes are held.
+
+    Raises:
+        ValueError: a dtype without fractions, such as that of token ids.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights cannot be {dtype}; activations of a linear are floating-point")
     device = next(iter(tensors.values())).device
     # an inference tensor kept for later would be useless under autograd
     with torch.inference_mode(False), torch.no_grad():

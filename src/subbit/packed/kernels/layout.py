@@ -252,12 +252,12 @@ def _records(part: CompressedLinear, blocks: int, form: _Form) -> Tensor:
             records[..., start : start + shifted.shape[-1]] = shifted
     scale = part.levels.scale.expand(rows, ngroups).contiguous()  # it may be one for the row
     records[..., -2:] = scale.view(torch.uint8).view(rows, ngroups, 2)
-    return records[:, _group_of_block(part.group_size, ngroups, blocks)]
+    return records[:, _group_of_block(part.group_size, ngroups, blocks, records.device)]
 
 
-def _group_of_block(group_size: int, ngroups: int, blocks: int) -> Tensor:
+def _group_of_block(group_size: int, ngroups: int, blocks: int, device: torch.device) -> Tensor:
     """Which column group's record each 128 columns use, int64 `(blocks,)`."""
-    group = torch.arange(blocks) * BLOCK // group_size
+    group = torch.arange(blocks, device=device) * BLOCK // group_size
     return group.clamp_(max=ngroups - 1)
 
 
@@ -354,7 +354,8 @@ def _rows_of(
 def _compressed(
     layout: Layout, codes: Tensor, levels: Tensor, scale: Tensor, flags: Tensor
 ) -> CompressedLinear:
-    blocks = torch.arange(layout.groups) * layout.group_size // BLOCK  # the first of each group
+    group = torch.arange(layout.groups, device=levels.device)
+    blocks = group * layout.group_size // BLOCK  # the first of each group
     levels, scale = levels[:, blocks], scale[:, blocks[: layout.scales]].contiguous()
     counts = layout.level_counts()
     salient, salient_levels = None, None

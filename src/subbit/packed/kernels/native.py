@@ -185,6 +185,10 @@ def dense(
         return False
     if not 0 <= start <= stop <= rows or out.shape != (stop - start, cols):
         raise ValueError(f"rows {start}:{stop} of ({rows}, {cols}) do not fit {tuple(out.shape)}.")
+    if type(out) is not Tensor or not (
+        out.is_cpu and out.is_contiguous()
+    ):  # C would write anywhere
+        raise ValueError(f"{type(out).__name__} on {out.device} is not contiguous and on the CPU.")
     status = _library().subbit_b3_dense(
         *_weights(tiles, flags, rows, cols),
         start,

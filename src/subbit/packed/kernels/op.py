@@ -2,7 +2,8 @@
 
 `subbit::b3_linear_no_grad` is the same without a derivative, for `torch.no_grad()`. Where there is
 one, torch decides in Python whether it is wanted, which takes as long as a small product.
-Tangents of forward-mode AD are lost in both operators; `multiply_dual` has them.
+Tangents of forward-mode AD are lost in both operators; `multiply_dual` has them. The derivative is
+an operator of its own, `subbit::b3_input_grad`, which `torch.compile` need not look into.
 
 `multiply` is what a linear calls. Where nobody could tell the difference it goes past torch's
 dispatcher, which takes half as long as the product of a small model's linear.
@@ -29,6 +30,7 @@ _PANEL_ROWS, _MOST_PANEL_ROWS = 512, 2048
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPERATORS = torch.library.Library("subbit", "DEF")
 _SIGNATURE = "(Tensor x, Tensor tiles, Tensor flags, int rows, int cols, int planes) -> Tensor"
+_GRAD_SIGNATURE = "(Tensor grad, Tensor tiles, Tensor flags, int rows, int cols) -> Tensor"
 
 
 def decode(
@@ -49,7 +51,7 @@ def decode(
     if tiles.device.type == "cpu":
         own = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if out is None or own != dtype:
-            out = torch.empty(stop - start, cols, dtype=own)
+            out = torch.empty(stop - start, cols, dtype=own, device=tiles.device)
         if native.dense(tiles, flags, rows, cols, start, stop, out):
             return out.to(dtype)
     return dense_rows(tiles, flags, rows, cols, start, stop, dtype)
@@ -67,8 +69,11 @@ def _multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, pla
         y = native.linear(own.contiguous(), tiles, flags, rows, cols, planes)
         if y is not None:  # `to` is dear even where it does nothing, and this runs for every token
             return y if y.dtype == x.dtype else y.to(x.dtype)
-    if x.shape[-1] != cols:
-        raise ValueError(f"x {tuple(x.shape)} does not fit a linear ({rows}, {cols}).")
+    if x.shape[-1] != cols or not x.is_floating_point():
+        raise ValueError(
+            f"x {tuple(x.shape)} of {x.dtype} does not fit a linear ({rows}, {cols}), whose "
+            "activations are floating-point."
+        )
     check_sizes(tiles, flags, rows, cols)
     flat = x.reshape(-1, cols)
     y = x.new_empty(flat.shape[0], rows)
@@ -106,15 +111,35 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
     ctx.save_for_backward(tiles, flags)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tiles, flags = ctx.saved_tensors
+def _input_grad(grad: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> Tensor:
+    """`grad W`: `(..., rows)` -> `(..., cols)`, in the dtype of `grad`."""
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     y = grad.to(wide)  # a sum over panels must not be rounded after each of them
-    out = y.new_zeros(*y.shape[:-1], ctx.cols)
-    for start, stop in _panels(ctx.rows):
-        panel = decode(tiles, flags, ctx.rows, ctx.cols, start, stop, wide)
-        out += y[..., start:stop] @ panel
-    return out.to(grad.dtype), None, None, None, None, None
+    out = y.new_zeros(*y.shape[:-1], cols)
+    for start, stop in _panels(rows):
+        out += y[..., start:stop] @ decode(tiles, flags, rows, cols, start, stop, wide)
+    return out.to(grad.dtype)
+
+
+def _input_grad_shape(grad: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], cols)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights = *ctx.saved_tensors, ctx.rows, ctx.cols
+    return torch.ops.subbit.b3_input_grad(grad, *weights), None, None, None, None, None
+
+
+def _keep_again(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    _, tiles, flags, ctx.rows, ctx.cols = inputs
+    ctx.save_for_backward(tiles, flags)
+
+
+def _backward_again(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    weights = *ctx.saved_tensors, ctx.rows, ctx.cols
+    return torch.ops.subbit.b3_linear(grad, *weights, 2), None, None, None, None
 
 
 def multiply_dual(product: Callable[..., Tensor], x: Tensor, *weights: Tensor | int) -> Tensor:
@@ -136,6 +161,14 @@ for _name in ("b3_linear", "b3_linear_no_grad"):
     _OPERATORS.impl(_name, _multiply_on_gpu, "CUDA")
     torch.library.register_fake(f"subbit::{_name}", _shape_only, lib=_OPERATORS)
 torch.library.register_autograd("subbit::b3_linear", _backward, setup_context=_keep, lib=_OPERATORS)
+
+_OPERATORS.define("b3_input_grad" + _GRAD_SIGNATURE)
+_OPERATORS.impl("b3_input_grad", _input_grad, "CPU")
+_OPERATORS.impl("b3_input_grad", _input_grad, "CUDA")
+torch.library.register_fake("subbit::b3_input_grad", _input_grad_shape, lib=_OPERATORS)
+torch.library.register_autograd(
+    "subbit::b3_input_grad", _backward_again, setup_context=_keep_again, lib=_OPERATORS
+)
 
 b3_linear = torch.ops.subbit.b3_linear
 """`(x, tiles, flags, rows, cols, planes) -> y`: x `(..., cols)`, y `(..., rows)`, same dtype."""
@@ -182,6 +215,8 @@ def _is_plain(x: Tensor) -> bool:
 
 def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int, planes: int) -> Tensor:
     """`(..., cols)` -> `(..., rows)`, in the dtype of x; differentiable in x in both modes.
+
+    Not by the reverse mode of `torch.func`, which knows no operators with a derivative in Python.
 
     Args:
         tiles, flags: W `(rows, cols)` in a resident layout (`layout.py`).
