@@ -130,8 +130,8 @@ def ptx(kernel, arguments, constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 weights = ["rows", "cols", "full", "stride"]
-for bits, salient in ((3, True), (3, False), (2, False)):
-    constants = {"HALF": True, "BITS": bits, "SALIENT": salient}
+for bits, half in ((3, True), (3, False), (2, True)):
+    constants = {"HALF": half, "BITS": bits}
     assert ptx(triton_kernels.gemv_kernel, ["x", "tiles", "flags", "y", *weights], constants)
     code = ptx(
         triton_kernels.gemm_kernel,

@@ -24,10 +24,10 @@ _GEMM_ROWS = 64
 
 
 @triton.jit
-def _weights(unit, flags, rows, cols, C: tl.constexpr, BITS: tl.constexpr, SALIENT: tl.constexpr):
+def _weights(unit, flags, split, rows, cols, C: tl.constexpr, BITS: tl.constexpr):
     """Decode weights: `rows` (R, 1) within a unit, `cols` (1, C) of its block; `unit` (R, 1) or
-    scalar and `flags` point at unit and block; BITS: of a code, 3 or 2; SALIENT: whether there are
-    salient levels."""
+    scalar and `flags` point at unit and block; `split`: the last flag of all, not 0 where there are
+    salient levels; BITS: of a code, 3 or 2."""
     k, j = cols // 16, cols % 16
     planes: tl.constexpr = (C * BITS + 127) // 128
     tile = unit + rows // 4 * (64 * planes) + rows % 4 * 16 + j
@@ -38,13 +38,12 @@ def _weights(unit, flags, rows, cols, C: tl.constexpr, BITS: tl.constexpr, SALIE
         code = tl.where(k < 6, first >> (k % 2 * 3) & 7, first >> 6 | (third >> (k - 2) & 4))
     else:
         code = tl.load(tile + k // 4 * 64).to(tl.int32) >> (k % 4 * 2) & 3
-    if SALIENT:
+    place = tl.where(code > 0, code - 1, 7 if BITS == 3 else 3)
+    some = code >= 0
+    if BITS == 3:  # looked up here and not in Python, which would wait for the GPU
         salient = tl.load(flags + cols).to(tl.int32) != 0
-        place = tl.where(salient, 5, -1) + code
-        some = (code > 0) & (code <= tl.where(salient, 4, 7))
-    else:
-        place = tl.where(code > 0, code - 1, 7 if BITS == 3 else 3)
-        some = code >= 0
+        place = tl.where(split != 0, tl.where(salient, 5, -1) + code, place)
+        some = some & ((split == 0) | ((code > 0) & (code <= tl.where(salient, 4, 7))))
     level = tl.load(record + place, mask=some, other=128).to(tl.int32)
     scale: tl.constexpr = 10 if BITS == 3 else 4
     low, high = tl.load(record + scale).to(tl.int32), tl.load(record + scale + 1).to(tl.int32)
@@ -55,7 +54,7 @@ def _weights(unit, flags, rows, cols, C: tl.constexpr, BITS: tl.constexpr, SALIE
 @triton.jit
 def gemv_kernel(
     x, tiles, flags, y, rows, cols, full, stride,
-    HALF: tl.constexpr, BITS: tl.constexpr, SALIENT: tl.constexpr,
+    HALF: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies 16 rows with one vector: grid (strips, batch)."""
     strip, vector = tl.program_id(0), tl.program_id(1)
@@ -64,14 +63,15 @@ def gemv_kernel(
     unit = tiles + strip.to(tl.int64) * stride
     size: tl.constexpr = 960 if BITS == 3 else 608  # bytes of a unit of 128 columns
     x += vector.to(tl.int64) * cols
+    split = tl.load(flags + full * 128 + (64 if HALF else 0)).to(tl.int32)
     sums = tl.zeros((16,), tl.float32)
     for block in range(full):
-        w = _weights(unit + block * size, flags + block * 128, row, col, 128, BITS, SALIENT)
+        w = _weights(unit + block * size, flags + block * 128, split, row, col, 128, BITS)
         at = block * 128 + col
         sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
     if HALF:
         col = tl.arange(0, 64)[None, :]
-        w = _weights(unit + full * size, flags + full * 128, row, col, 64, BITS, SALIENT)
+        w = _weights(unit + full * size, flags + full * 128, split, row, col, 64, BITS)
         at = full * 128 + col
         sums += tl.sum(w * tl.load(x + at, mask=at < cols, other=0).to(tl.float32), 1)
     out = strip * 16 + tl.arange(0, 16)
@@ -81,7 +81,7 @@ def gemv_kernel(
 @triton.jit
 def gemm_kernel(
     x, tiles, flags, y, batch, rows, cols, full, stride, strips,
-    HALF: tl.constexpr, BITS: tl.constexpr, SALIENT: tl.constexpr, DOT: tl.constexpr,
+    HALF: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies ROWS rows with VECTORS vectors: grid (row tiles, vector tiles)."""
@@ -91,11 +91,12 @@ def gemm_kernel(
     unit = tiles + strip.to(tl.int64) * stride
     size: tl.constexpr = 960 if BITS == 3 else 608  # bytes of a unit of 128 columns
     x += vector.to(tl.int64) * cols
+    split = tl.load(flags + full * 128 + (64 if HALF else 0)).to(tl.int32)
     sums = tl.zeros((ROWS, VECTORS), tl.float32)
     col = tl.arange(0, 128)
     for block in range(full):
         w = _weights(
-            unit + block * size, flags + block * 128, row % 16, col[None, :], 128, BITS, SALIENT
+            unit + block * size, flags + block * 128, split, row % 16, col[None, :], 128, BITS
         )
         at = block * 128 + col[:, None]
         values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
@@ -103,7 +104,7 @@ def gemm_kernel(
     if HALF:
         col = tl.arange(0, 64)
         w = _weights(
-            unit + full * size, flags + full * 128, row % 16, col[None, :], 64, BITS, SALIENT
+            unit + full * size, flags + full * 128, split, row % 16, col[None, :], 64, BITS
         )
         at = full * 128 + col[:, None]
         values = tl.load(x + at, mask=(at < cols) & (vector < batch), other=0)
@@ -139,12 +140,9 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
     if batch == 0:
         return y
     weights = rows, cols, full, tiles.numel() // strips
-    salient = bits == 3 and bool(flags[-1])
     if batch == 1:
         with torch.cuda.device_of(x):
-            gemv_kernel[(strips, 1)](
-                x, tiles, flags, y, *weights, HALF=half, BITS=bits, SALIENT=salient
-            )
+            gemv_kernel[(strips, 1)](x, tiles, flags, y, *weights, HALF=half, BITS=bits)
         return y
     dots = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     dot = dots.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
@@ -152,7 +150,6 @@ def multiply(x: Tensor, tiles: Tensor, flags: Tensor, rows: int, cols: int) -> T
     constants = {
         "HALF": half,
         "BITS": bits,
-        "SALIENT": salient,
         "DOT": dot,
         "ROWS": _GEMM_ROWS,
         "VECTORS": _VECTORS,
