@@ -56,7 +56,7 @@ def test_sweeping_blocks_is_textbook_obq():
 
 def test_the_block_is_not_modified_and_columns_come_in_order():
     W, H = _problem(3, 5)
-    block = BlockView(W.clone(), factorize(H, 0.01).U, H, 0, 5)
+    block = BlockView(W.clone(), factorize(H, 0.01).U, H, 0, 5, torch.ones(5, dtype=torch.bool))
     seen = []
 
     def keep(columns, j):

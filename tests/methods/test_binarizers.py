@@ -233,6 +233,8 @@ def test_methods_that_do_not_prune_say_so():
         ("stbllm", {"salient_max": 10}, {"salient_max": 20}),
         ("arb", {"salient_max": 10}, {"salient_max": 20}),
         ("pb-llm", {"salient_share": 0.05}, {"salient_share": 0.1}),
+        ("pbs2p", {"salient_max": 10}, {"salient_max": 20}),
+        ("pbs2p", {"salient_max": 10, "spbo": False}, {"salient_max": 20, "spbo": False}),
     ],
 )
 def test_columns_without_input_take_nothing_from_the_scales_of_others(method, with_dead, without):
@@ -241,10 +243,11 @@ def test_columns_without_input_take_nothing_from_the_scales_of_others(method, wi
     wide, H = torch.zeros(rows, 2 * cols), torch.zeros(2 * cols, 2 * cols)
     wide[:, ::2], wide[:, 1::2], H[::2, ::2] = W, W.flip(1), stats.H
     settings = Settings(blocksize=128, percdamp=0.02)  # of half the mean diagonal
+    nm = (8, 8) if method == "pbs2p" else None
     found = make_method(method, with_dead, settings).compress(
-        wide, LinearStats(H, stats.tokens, mean=torch.zeros(2 * cols)), None
+        wide, LinearStats(H, stats.tokens, mean=torch.zeros(2 * cols)), nm
     )
-    alone = make_method(method, without, SETTINGS).compress(W, stats, None)
+    alone = make_method(method, without, SETTINGS).compress(W, stats, nm)
     assert found.record["loss"] == pytest.approx(alone.record["loss"], rel=0.02)
 
 

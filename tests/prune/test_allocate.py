@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subbit.errors import RecipeError
-from subbit.prune.allocate import _savings, allocate, allocate_measured, mean_kept
+from subbit.prune.allocate import ALLOCATIONS, _savings, allocate, allocate_measured, mean_kept
 
 
 def test_the_most_important_block_keeps_most():
@@ -42,6 +42,12 @@ def test_n_stays_within_one_and_m():
 
 def test_a_block_that_turns_its_input_around_is_the_most_important():
     assert allocate([0.5, -0.2, 0.9], [1] * 3, (6, 8))[1] == 7
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_nothing_is_pruned_where_all_is_kept(allocation):
+    rule = {"allocation": allocation, "norms": [1.0, 3.0, 2.0]}
+    assert allocate([0.3, 0.9, 0.5], [10, 20, 10], (8, 8), **rule) == [8, 8, 8]
 
 
 def test_uniform_and_unknown():

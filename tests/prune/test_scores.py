@@ -4,6 +4,7 @@ import torch
 from subbit.errors import RecipeError
 from subbit.linalg import BlockView, factorize
 from subbit.prune import METRICS, Scorer
+from subbit.prune.scores import standardized_importance
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def problem():
     X = torch.randn(100, 12, generator=generator)
     H = X.T @ X
     factor = factorize(H, 0.01)
-    view = BlockView(W[:, 4:9], factor.U[4:9, 4:9], H[4:9, 4:9], 4, 9)
+    view = BlockView(W[:, 4:9], factor.U[4:9, 4:9], H[4:9, 4:9], 4, 9, ~factor.dead[4:9])
     return W, X, H, factor, view
 
 
@@ -70,3 +71,15 @@ def test_an_unknown_metric_names_the_nearest(problem):
 def test_a_single_weight_has_a_score(metric):
     W, H = torch.tensor([[2.0]]), torch.tensor([[3.0]])
     assert Scorer(metric, W, H, factorize(H, 0.01)).score(W).isfinite().all()
+
+
+def test_standardised_importance_prefers_any_input_to_none():
+    generator = torch.Generator().manual_seed(0)
+    W, norms = torch.randn(6, 16, generator=generator), torch.rand(16, generator=generator) + 0.1
+    norms[3] = norms[11] = 0
+    W[:, norms == 0] = 0
+    score = standardized_importance(W, norms)
+    assert (score[:, norms == 0] == -torch.inf).all() and score[:, norms > 0].isfinite().all()
+    alone = standardized_importance(W[:, norms > 0], norms[norms > 0])
+    torch.testing.assert_close(score[:, norms > 0], alone)
+    assert standardized_importance(W * 0, norms * 0).isfinite().all()

@@ -30,6 +30,7 @@ class BlockView:
             ("gram", PBS2P Eq. 5-6) or its Schur complement `(U_b^T U_b)^-1` ("schur", what is
             left of the loss once the columns to the right have absorbed what they can).
         start, stop: the block's columns.
+        live: bool `(b,)`, columns with inputs; weights elsewhere are 0 and decide nothing.
     """
 
     W: Tensor
@@ -37,6 +38,7 @@ class BlockView:
     S: Tensor
     start: int
     stop: int
+    live: Tensor
 
 
 class HasWeights(Protocol):
@@ -78,7 +80,8 @@ def run_blocks(
         stop = min(start + blocksize, W.shape[1])
         U_b = factor.U[start:stop, start:stop]
         S = factor.H[start:stop, start:stop] if objective == "gram" else _schur(U_b)
-        block = compress_block(BlockView(W[:, start:stop], U_b, S, start, stop))
+        live = ~factor.dead[start:stop]
+        block = compress_block(BlockView(W[:, start:stop], U_b, S, start, stop, live))
         blocks.append(block)
         if stop < W.shape[1]:
             E = W[:, start:stop] - block.dequantize()

@@ -115,13 +115,12 @@ class GroupedMethod(Method):
                 mask, nm = torch.ones_like(mask), None
 
         as_stored = storing(self.settings.levels, W)
-        live = ~factor.dead if not self.options.published else torch.ones_like(factor.dead)
 
         def compress_block(block: BlockView) -> CodedBlock:
             keep = mask[:, block.start : block.stop]
             if when == "inside":
                 keep = select(scorer(block), nm, pruning, by_row=scorer.by_row)
-            return as_stored(self._compress_block(block, keep, live[block.start : block.stop]))
+            return as_stored(self._compress_block(block, keep))
 
         blocks = run_blocks(W, factor, size, compress_block)
         kept, whole = structure(nm, pruning)
@@ -133,9 +132,8 @@ class GroupedMethod(Method):
             result = replace(result, codes=result.codes * keep)
         return result
 
-    def _compress_block(self, block: BlockView, keep: Tensor, live: Tensor) -> CodedBlock:
-        """Code a block; only kept weights in live columns (bool `(b,)`) decide how."""
-        counted = keep & live
+    def _compress_block(self, block: BlockView, keep: Tensor) -> CodedBlock:
+        counted = keep if self.options.published else keep & block.live
         groups = self._groups(block, counted)
 
         def fit(columns: Tensor, salient: bool) -> FittedPart:

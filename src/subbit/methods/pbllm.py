@@ -50,7 +50,7 @@ class PBLLM(Method):
     ) -> CompressedLinear:
         o, size = self.options, self.settings.blocksize
         factor = factorize(stats.H, self.settings.percdamp)
-        W, live = factor.live(W), ~factor.dead
+        W = factor.live(W)
         scores = Scorer(o.fine_metric, W, stats.H, factor).score(W)
         salient = _highest(scores, round(o.salient_share * W.numel()))
         grid = fit_grid(W * salient, _LEVELS)
@@ -58,7 +58,7 @@ class PBLLM(Method):
             W,
             factor,
             size,
-            lambda block: _code_block(block, salient[:, block.start : block.stop], grid, live),
+            lambda block: _code_block(block, salient[:, block.start : block.stop], grid),
             compensation="exact",
         )
         some = bool(salient.any())
@@ -85,8 +85,8 @@ class _Block:
         return self.W
 
 
-def _code_block(block: BlockView, salient: Tensor, grid: Tensor, live: Tensor) -> _Block:
-    counted = ~salient & live[block.start : block.stop]
+def _code_block(block: BlockView, salient: Tensor, grid: Tensor) -> _Block:
+    counted = ~salient & block.live
     mean = (block.W.abs() * counted).sum(1) / counted.sum(1).clamp_min(1)
     alpha = mean.half()
     codes = torch.empty_like(salient, dtype=torch.uint8)

@@ -112,7 +112,7 @@ class PBS2P(Method):
         o, (n, m) = self.options, nm
         ranks = self._ranks(score, nm)
         keep = ranks >= m - n
-        counted = keep if o.groups_from == "retained" else torch.ones_like(keep)
+        counted = block.live & (keep if o.groups_from == "retained" else torch.ones_like(keep))
         most = o.salient_max if o.salient else 0
         # salient by the Hessian whatever metric prunes (STBLLM, Algorithm 2; PBS2P 3.4)
         salience = block.W.square() / block.U.diagonal().square()
@@ -124,10 +124,13 @@ class PBS2P(Method):
             split=Split(o.split_points, o.split_grid, o.sigma),
             split_salient=False,
         )
-        rest = ~groups.salient
-        ordinary = self._fit(block, rest, groups.supports(False), ranks, m - n, planes=1)
-        pair = self._fit(block, groups.salient, groups.supports(True), ranks, m - n, planes=2)
-        return code_block(groups, keep, ordinary, pair)
+
+        def fit(columns: Tensor, salient: bool) -> Part:
+            support = groups.supports(salient) & block.live[columns]
+            return self._fit(block, columns, support, ranks, m - n, planes=2 if salient else 1)
+
+        parts = fit(~groups.salient, False), fit(groups.salient, True)
+        return code_block(groups, keep, *parts)
 
     def _fit(
         self,

@@ -1,9 +1,9 @@
 """How many bits a weight takes: the papers' count, the bytes that are stored, and the floor.
 
-Paper bits count signs alone (equation 10 of PBS²P): `(2 r + (1 - r)) N / M` with r the share of
-salient columns; the k bits of a grid; 16 bits for every weight that pruning alone has left. Stored
-bits are 8 x bytes of all fields / weights. The floor is what the same
-information takes at least, were every mask, sign and label equally likely.
+Paper bits count signs alone (N_param of equation 10 of PBS²P): `(2 r + (1 - r)) N / M` with r the
+share of salient columns; the k bits of a grid; 16 bits for every weight that pruning alone has
+left. Stored bits are 8 x bytes of all fields / weights. The floor is what the same information
+takes at least, were every mask, sign and label equally likely.
 """
 
 from collections.abc import Iterable

@@ -32,6 +32,8 @@ def allocate(
       down to `N - n_low` at the last.
     - "uniform": N everywhere.
 
+    With N = M nothing is pruned anywhere.
+
     Args:
         similarities: mean cosine similarity of each block's input and output; of layer importance.
         sizes: compressed weights of each block.
@@ -44,7 +46,7 @@ def allocate(
         raise RecipeError(
             f"unknown coarse.allocation '{allocation}'{nearest(allocation, ALLOCATIONS)}"
         )
-    if allocation == "uniform":
+    if allocation == "uniform" or n == m:
         return [n] * len(sizes)
     high, low = min(n + n_high, m), max(n - n_low, 1)
     if allocation == "layer_importance":

@@ -95,12 +95,15 @@ def _hessian_denominator(U: Tensor, reading: str) -> Tensor:
 def standardized_importance(W: Tensor, input_norm: Tensor) -> Tensor:
     """STBLLM Eq. 3: standardised L1-relative magnitude times the input norm; `(rows, cols)`.
 
-    0 where all weights are alike, a single one included.
+    0 where all weights are alike, a single one included. Columns without input come last: as
+    printed their 0 is above every weight below the mean.
     """
-    relative = _relative_magnitude(W)
-    single = relative.numel() == 1  # it is its own mean, and its deviation is 0 / 0
-    spread = relative.std(correction=0 if single else 1).clamp_min(torch.finfo(W.dtype).tiny)
-    return (relative - relative.mean()) / spread * input_norm
+    relative, live = _relative_magnitude(W), input_norm > 0
+    known = relative[:, live] if live.any() else relative
+    single = known.numel() == 1  # it is its own mean, and its deviation is 0 / 0
+    spread = known.std(correction=0 if single else 1).clamp_min(torch.finfo(W.dtype).tiny)
+    score = (relative - known.mean()) / spread * input_norm
+    return score.masked_fill(~live, -torch.inf) if live.any() else score
 
 
 def _relative_magnitude(W: Tensor) -> Tensor:
