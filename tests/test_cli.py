@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +15,7 @@ import subbit
 from subbit import errors
 from subbit.cli import app
 from subbit.recipe import load_recipe
+from subbit.study.run import run_study
 
 TOTAL = {
     "weights": 32,
@@ -267,10 +270,16 @@ def test_a_study_prints_its_table_even_where_a_cell_failed(monkeypatch):
         raise errors.StudyError("1 cells could not be measured")
 
     result = SimpleNamespace(table="| the table |", raise_failures=fail)
-    stub(monkeypatch, "subbit.study.studies", STUDIES={}, study=lambda name: name)
-    stub(monkeypatch, "subbit.study.run", run_study=lambda *arguments: result)
-    said = run("study", "methods", "--model", "m")
+    measure = create_autospec(run_study, return_value=result)
+    stub(monkeypatch, "subbit.study.studies", STUDIES={}, study=lambda name: f"study {name}")
+    stub(monkeypatch, "subbit.study.run", run_study=measure)
+    said = run(
+        "study", "methods", "--model", "m", "--out", "o", "--only", "a", "--dtype", "float32"
+    )
     assert (said.code, said.out) == (8, "| the table |\n")
+    *given, say, dtype = measure.call_args.args
+    assert given == ["methods", "study methods", "m", Path("o"), ["a"]] and dtype == "float32"
+    assert callable(say)
     assert said.err == "error: 1 cells could not be measured\n"
 
 

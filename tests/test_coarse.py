@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from subbit.coarse import CoarseStage
+from subbit.job import Job
 from subbit.methods import make_method
 from subbit.model import find_blocks, find_linears, first_inputs, record_calls
 from subbit.prune.allocate import allocate_measured, mean_kept
@@ -84,7 +85,7 @@ def test_the_knapsack():
         assert mean_kept(found, sizes) > 4 - 10 / 31  # no step that fits is left out
 
 
-def test_end_to_end_the_allocation_is_followed_and_survives_a_restart(text, tmp_path):
+def test_end_to_end_the_allocation_is_followed(text):
     def run(**kwargs):
         model, tokenizer = tiny_model("llama"), tiny_tokenizer()
         return compress(
@@ -101,5 +102,29 @@ def test_end_to_end_the_allocation_is_followed_and_survives_a_restart(text, tmp_
         tiny_model("llama"), text, "pbs2p-plus-4-8", tokenizer=tiny_tokenizer()
     ).report["kept"]
     assert kept != uniform and all(n == 4 for block in uniform for n in block.values())
-    again = run(out=tmp_path / "out")
-    assert again.report["kept"] == kept
+
+
+def test_what_was_measured_is_kept_for_a_restart(text, tmp_path, monkeypatch):
+    def run(**kwargs):
+        model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+        out = tmp_path / "out"
+        return compress(
+            model,
+            text,
+            "pbs2p-plus-4-8",
+            tokenizer=tokenizer,
+            overrides=MEASURED,
+            out=out,
+            **kwargs,
+        )
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    looks, look = [], CoarseStage.look
+    monkeypatch.setattr(CoarseStage, "look", lambda *args: (looks.append(1), look(*args))[1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Job, "_compress_block", interrupt)
+        run()
+    done = run(resume="required")
+    assert len(looks) == 1 and done.report["mean_kept"] <= 4

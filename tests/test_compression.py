@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -210,18 +211,20 @@ subbit.compress(sys.argv[1], "pbs2p-4-8", sys.argv[2], out=sys.argv[3], override
 """
 
 
+def cut(folder, text, out, how="SIGKILL", recipe="pbs2p-4-8", overrides=()):
+    """Start a run in a process of its own that is killed after its second block."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    script = _CUT.replace("pbs2p-4-8", recipe)
+    args = [sys.executable, "-c", script, str(folder), text, str(out), how, *SMALL, *overrides]
+    done = subprocess.run(args, env=env, capture_output=True, check=False)
+    assert done.returncode == -getattr(signal, how), done.stderr
+    assert not out.exists() and (out.with_name("cut.partial") / "block-0001.safetensors").is_file()
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_a_killed_run_resumes_to_the_same_bytes(how, folder, text, tmp_path):
     compress(folder, text, out=tmp_path / "whole")
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    cut = subprocess.run(
-        [sys.executable, "-c", _CUT, str(folder), text, str(tmp_path / "cut"), how, *SMALL],
-        env=env,
-        capture_output=True,
-        check=False,
-    )
-    assert cut.returncode != 0
-    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.partial").is_dir()
+    cut(folder, text, tmp_path / "cut", how)
     with pytest.raises(CheckpointError, match="nm"):
         compress(folder, text, recipe="pbs2p-6-8", out=tmp_path / "cut")
     with pytest.raises(CheckpointError, match="tau"):
@@ -253,10 +256,7 @@ def test_gradients_choose_which_outputs_count(folder, text, tmp_path):
     assert whole.report["seconds"]["gradients"] > 0
     compress(folder, text, "pbs2p-plus-6-8", out=tmp_path / "plain")
     assert weights_of(tmp_path / "whole") != weights_of(tmp_path / "plain")
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    script = _CUT.replace("pbs2p-4-8", "pbs2p-plus-6-8")
-    args = [sys.executable, "-c", script, str(folder), text, str(tmp_path / "cut"), "SIGKILL"]
-    subprocess.run([*args, *SMALL, *plus["overrides"]], env=env, capture_output=True, check=False)
+    cut(folder, text, tmp_path / "cut", **plus)
     compress(folder, text, out=tmp_path / "cut", resume="required", **plus)
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     with pytest.raises(RecipeError, match=r"calibration\.outputs"):
@@ -264,9 +264,7 @@ def test_gradients_choose_which_outputs_count(folder, text, tmp_path):
 
 
 def test_a_changed_model_does_not_resume(folder, text, tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    args = [sys.executable, "-c", _CUT, str(folder), text, str(tmp_path / "cut"), "SIGKILL", *SMALL]
-    subprocess.run(args, env=env, capture_output=True, check=False)
+    cut(folder, text, tmp_path / "cut")
     tiny_model(FAMILIES[0], seed=5).save_pretrained(folder)
     with pytest.raises(CheckpointError, match="model"):
         compress(folder, text, out=tmp_path / "cut")

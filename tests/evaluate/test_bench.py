@@ -29,9 +29,11 @@ def folder(tmp_path_factory):
 def found(folder):
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
-    found = bench(folder, threads=1, **SHORT)
-    assert torch.get_num_threads() == before + 1
-    torch.set_num_threads(before)
+    try:
+        found = bench(folder, threads=1, **SHORT)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
     return found
 
 

@@ -1,5 +1,7 @@
 """The operator: every instruction set that this processor has means the same weights."""
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from int8_examples import make_int8, resident_linears
 
+from subbit.binarize import descent
 from subbit.errors import RecipeError, SubbitError
 from subbit.packed import kernels, pack
 from subbit.packed.kernels import kernel_name, native, op
@@ -226,6 +229,9 @@ def test_half_precision(isa, dtype, batch, monkeypatch):
     wanted = x.float() @ linear.dequantize().T
     assert y.dtype == dtype
     assert (y.float() - wanted).norm() <= 1e-2 * wanted.norm()
+    if batch <= 16:  # with one plane less than a third of them
+        rounded_once = b3_linear(x.float(), *resident(linear), 64, 256, 2).to(dtype)
+        assert (y == rounded_once).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(("batch", "dtype"), [(5, torch.float32), (PROMPT, torch.bfloat16)])
@@ -344,6 +350,12 @@ def test_names(monkeypatch, choose_isa):
     choose_isa("avx521")
     with pytest.raises(RecipeError, match="did you mean 'avx512'"):
         kernel_name()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")
+def test_where_there_is_a_compiler_its_work_is_there():
+    """An extension that does not compile is left out in silence, and tests of it are skipped."""
+    assert native._library() is not None and descent.is_compiled()
 
 
 def test_reading_reads_everything(isa):
