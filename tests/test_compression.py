@@ -350,6 +350,26 @@ def test_bad_input_ends_early_and_leaves_nothing(folder, text, tmp_path):
         compress(tiny_model(FAMILIES[0]), text)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "change",
+    [
+        [],
+        ["refit.steps=2"],
+        ["refit.model_steps=2", "refit.model_text=sampled"],
+        ["calibration.outputs=gradient"],
+        ["coarse.allocation=measured"],
+    ],
+)
+def test_blocks_visit_the_gpu_and_come_back(change, folder, text, tmp_path):
+    torch.cuda.reset_peak_memory_stats()
+    out = tmp_path / "out"
+    done = compress(folder, text, "pbs2p-plus-6-8", device="cuda", out=out, overrides=change)
+    assert torch.cuda.max_memory_allocated() > 0
+    assert {parameter.device.type for parameter in done.model.parameters()} == {"cpu"}
+    assert torch.equal(logits(subbit.load(out, device="cpu")), logits(done.model))
+
+
 def test_a_width_that_is_no_multiple_of_eight_keeps_the_rule(text, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
