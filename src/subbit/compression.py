@@ -41,7 +41,7 @@ from subbit.result import CompressedModel
 from subbit.run.atomic import json_sha256
 from subbit.run.commits import Workdir, check_output
 from subbit.run.progress import Progress
-from subbit.text import SELF, Windows, calibration_windows, load_text
+from subbit.text import SELF, Text, Windows, calibration_windows, load_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,8 +95,8 @@ def compress(
     if out is not None:
         check_output(Path(out), resume)
     place, wanted = parse_device(device), parse_dtype(dtype)
-    if recipe.calibration.source != SELF:
-        load_text(recipe.calibration.source, "calibration")  # is it there? before the model is
+    source = recipe.calibration.source  # a text that is not there is missed before the model is
+    text = None if source == SELF else load_text(source, "calibration")
     if progress and not isinstance(model, nn.Module):
         print(f"loading {model}", file=sys.stderr, flush=True)
     loaded = _load(model, tokenizer, wanted)
@@ -105,14 +105,13 @@ def compress(
     check_finite(loaded.model)
     blocks = find_blocks(loaded.model)
     check_coverage(loaded.model, blocks, recipe.skip)
-    samples = recipe.calibration.source == SELF
-    windows = None if samples else _windows(recipe, loaded)
+    windows = None if text is None else _windows(recipe, loaded, text)
     with ExitStack() as stack:
         workdir = None
         if out is not None:
             identity = _identity(recipe, loaded, windows, place)
             workdir = stack.enter_context(Workdir.open(Path(out), identity, resume))
-        if samples:  # it takes long, so that what was sampled is kept in the work folder
+        if windows is None:  # it takes long, so that what was sampled is kept in the work folder
             windows = _sampled(recipe, loaded, place, workdir, progress)
         job = Job(loaded, blocks, windows, recipe, method, place, workdir)
         with Progress(job.steps, enabled=progress) as bar:
@@ -156,10 +155,10 @@ def _load(
     return take_model(model, tokenizer, dtype=dtype)
 
 
-def _windows(recipe: Recipe, loaded: LoadedModel, **sampling: Any) -> Windows:
+def _windows(recipe: Recipe, loaded: LoadedModel, source: str | Text, **sampling: Any) -> Windows:
     spec = recipe.calibration
     return calibration_windows(
-        spec.source,
+        source,
         loaded.tokenizer,
         loaded.model,
         nsamples=spec.nsamples,
@@ -183,7 +182,7 @@ def _sampled(
     with Progress(spec.nsamples * spec.seqlen, enabled=progress) as bar:
         bar.phase("sampling calibration text from the model")
         with placed(loaded.model, device):
-            return _windows(recipe, loaded, shelf=workdir, advance=bar.advance)
+            return _windows(recipe, loaded, SELF, shelf=workdir, advance=bar.advance)
 
 
 def _identity(

@@ -7,7 +7,7 @@ others are refused.
 import json
 import tempfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,27 +61,17 @@ def export_gguf(path: str | Path, out: str | Path) -> Path:
     tensors = DenseTensors(folder)
 
     def write(file: Path) -> None:
-        with tempfile.TemporaryFile(dir=file.parent) as room:
-            fill(file, room)
-
-    def fill(file: Path, room: IO[bytes]) -> None:
-        writer = GGUFWriter(file, "llama", use_temp_file=True)
         # beside the file, where there must be room: the system's own folder may be small, or memory
-        writer.temp_file = room
-        _add_architecture(writer, folder, config)
-        _add_tokenizer(writer, folder, pre, config.vocab_size)
-        names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        for name in tensors.meta:
-            data, kind = _encoded(tensors, name)
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-            linear = name.removesuffix(".weight").rpartition(".")[2]
-            if linear in heads:
-                data = _interleaved(data, heads[linear])
-            writer.add_tensor(_named(names, name), data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with tempfile.TemporaryFile(dir=file.parent) as room:
+            writer = GGUFWriter(file, "llama", use_temp_file=True)
+            writer.temp_file = room
+            _add_architecture(writer, folder, config)
+            _add_tokenizer(writer, folder, pre, config.vocab_size)
+            _add_tensors(writer, tensors, config)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
 
     return save_file_atomically(out, write)
 
@@ -165,6 +155,17 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, pre: str, vocab_size: int) 
     writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)])
     writer.add_token_types([types.get(i, TokenType.UNUSED) for i in range(vocab_size)])
     SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _add_tensors(writer: GGUFWriter, tensors: DenseTensors, config: PretrainedConfig) -> None:
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name in tensors.meta:
+        data, kind = _encoded(tensors, name)
+        linear = name.removesuffix(".weight").rpartition(".")[2]
+        if linear in heads:
+            data = _interleaved(data, heads[linear])
+        writer.add_tensor(_named(names, name), data, raw_dtype=kind)
 
 
 def _encoded(tensors: DenseTensors, name: str) -> tuple[np.ndarray, GGMLQuantizationType]:

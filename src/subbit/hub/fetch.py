@@ -1,6 +1,8 @@
 """A local folder for a path or a hub id."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -12,12 +14,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from subbit.errors import FormatError, ModelError
+from subbit.errors import FormatError, ModelError, SubbitError
 from subbit.hub.inspect import read_config
 
 __all__ = ["is_packed_on_hub", "local_folder"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_NOT_THERE = (EntryNotFoundError, RepositoryNotFoundError, HFValidationError)
 
 
 def local_folder(path: str | Path) -> Path:
@@ -35,20 +38,13 @@ def local_folder(path: str | Path) -> Path:
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise ModelError(f"'{path}' is not a folder; give a packed model's folder or a hub id.")
     try:
-        read_config(_with_config(str(path)))
-        return Path(snapshot_download(str(path)))
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(path) from error
+        with _explained(path):
+            read_config(_with_config(str(path)))
+            return Path(snapshot_download(str(path)))
     except EntryNotFoundError as error:
         raise ModelError(f"'{path}' on the hub has no config.json, so it is no model.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(f"'{path}' is neither a folder here nor a model on the hub.") from error
-    except (OfflineModeIsEnabled, ConnectionError) as error:
-        raise _unreachable(path) from error
-    except (ModelError, FormatError):
-        raise
-    except Exception as error:  # a full disk, or what the client's transport lets through
-        raise _failed(path, error) from error
 
 
 def is_packed_on_hub(hub_id: str) -> bool:
@@ -62,15 +58,10 @@ def is_packed_on_hub(hub_id: str) -> bool:
     if Path(hub_id).exists() or not _HUB_ID.fullmatch(hub_id):
         return False
     try:
-        folder = _with_config(hub_id)
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(hub_id) from error
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        with _explained(hub_id):
+            folder = _with_config(hub_id)
+    except _NOT_THERE:
         return False
-    except (OfflineModeIsEnabled, ConnectionError) as error:
-        raise _unreachable(hub_id) from error
-    except Exception as error:
-        raise _failed(hub_id, error) from error
     try:
         read_config(folder)
     except FormatError:  # a packed model all the same; loading it says what is wrong
@@ -85,15 +76,20 @@ def _with_config(hub_id: str) -> Path:
     return Path(hf_hub_download(hub_id, "config.json")).parent
 
 
-def _unreachable(path: str | Path) -> ModelError:
-    return ModelError(
-        f"'{path}' is not a folder here, and the hub cannot be reached to look for it; "
-        "check the path, or the network (and HF_HUB_OFFLINE)."
-    )
-
-
-def _failed(path: str | Path, error: Exception) -> ModelError:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ModelError(
-        f"fetching '{path}' from the hub failed ({reason}); try again, what has arrived is kept"
-    )
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """Say why a fetch failed, unless it is that there is no such thing on the hub."""
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise ModelError(
+            f"'{path}' is not a folder here, and the hub cannot be reached to look for it; "
+            "check the path, or the network (and HF_HUB_OFFLINE)."
+        ) from error
+    except (*_NOT_THERE, SubbitError):
+        raise
+    except Exception as error:  # a full disk, or what the client's transport lets through
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(
+            f"fetching '{path}' from the hub failed ({reason}); try again, what has arrived is kept"
+        ) from error

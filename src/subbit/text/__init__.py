@@ -24,7 +24,7 @@ __all__ = [
 
 
 def calibration_windows(
-    source: str,
+    source: str | Text,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | None = None,
     *,
@@ -40,7 +40,7 @@ def calibration_windows(
     """Return the calibration windows of `source`; `self` samples them from `model`.
 
     Args:
-        source: as in `load_text`, or `self`.
+        source: as in `load_text`, or what it returned, or `self`.
         tokenizer: of the model.
         model: needed for `self`; when given, the windows are checked against its context and
             vocabulary.
@@ -54,7 +54,7 @@ def calibration_windows(
             `sample_windows`.
     """
     if source != SELF:
-        text = load_text(source, "calibration")
+        text = source if isinstance(source, Text) else load_text(source, "calibration")
         windows = make_windows(
             text,
             tokenizer,

@@ -185,9 +185,8 @@ def dense(
         return False
     if not 0 <= start <= stop <= rows or out.shape != (stop - start, cols):
         raise ValueError(f"rows {start}:{stop} of ({rows}, {cols}) do not fit {tuple(out.shape)}.")
-    if type(out) is not Tensor or not (
-        out.is_cpu and out.is_contiguous()
-    ):  # C would write anywhere
+    # a tensor that is fake or elsewhere has no memory that C could write to
+    if type(out) is not Tensor or not (out.is_cpu and out.is_contiguous()):
         raise ValueError(f"{type(out).__name__} on {out.device} is not contiguous and on the CPU.")
     status = _library().subbit_b3_dense(
         *_weights(tiles, flags, rows, cols),

@@ -107,7 +107,7 @@ def _shape_only(
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, tiles, flags, ctx.rows, ctx.cols, _ = inputs
+    _, tiles, flags, ctx.rows, ctx.cols, *_ = inputs
     ctx.save_for_backward(tiles, flags)
 
 
@@ -128,11 +128,6 @@ def _input_grad_shape(grad: Tensor, tiles: Tensor, flags: Tensor, rows: int, col
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights = *ctx.saved_tensors, ctx.rows, ctx.cols
     return torch.ops.subbit.b3_input_grad(grad, *weights), None, None, None, None, None
-
-
-def _keep_again(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, tiles, flags, ctx.rows, ctx.cols = inputs
-    ctx.save_for_backward(tiles, flags)
 
 
 def _backward_again(
@@ -167,7 +162,7 @@ _OPERATORS.impl("b3_input_grad", _input_grad, "CPU")
 _OPERATORS.impl("b3_input_grad", _input_grad, "CUDA")
 torch.library.register_fake("subbit::b3_input_grad", _input_grad_shape, lib=_OPERATORS)
 torch.library.register_autograd(
-    "subbit::b3_input_grad", _backward_again, setup_context=_keep_again, lib=_OPERATORS
+    "subbit::b3_input_grad", _backward_again, setup_context=_keep, lib=_OPERATORS
 )
 
 b3_linear = torch.ops.subbit.b3_linear
