@@ -159,3 +159,28 @@ def test_code_of_a_folder_is_not_run_without_trust(tmp_path, capfd):
     with pytest.warns(UserWarning, match=MANIFEST), pytest.raises(ModelError, match="trust it"):
         load(folder)
     assert "y/N" not in capfd.readouterr().out  # nobody is asked either
+
+
+OWN = """
+import subbit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own"
+
+class Own(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_of_a_folder_is_run_where_it_is_trusted(tmp_path):
+    folder = save(packed_model("llama"), tmp_path / "out")
+    wanted = logits(load(folder))
+    (folder / MANIFEST).unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN)
+    with pytest.warns(UserWarning, match=MANIFEST):
+        model = load(folder, trust_remote_code=True)
+    assert type(model).__name__ == "Own" and torch.equal(logits(model), wanted)
