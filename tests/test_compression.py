@@ -169,6 +169,29 @@ def test_the_report_is_what_the_file_holds(folder, text, tmp_path):
     assert not (tmp_path / "packed.partial").exists()
 
 
+def test_the_loss_against_the_original_weight_is_told_apart_from_that_of_a_moved_target(text):
+    def records(*overrides):
+        done = compress(
+            tiny_model("llama").float(), text, tokenizer=tiny_tokenizer(), overrides=overrides
+        )
+        return done.records, done.report
+
+    plain, report = records()
+    assert not any("loss_of_original" in record for record in plain.values())
+    assert "mean_loss_of_original" not in report
+    moved, report = records(
+        "asymmetry.strength=1", "asymmetry.linears=all", "calibration.sequential=true"
+    )
+    of_original = [record["loss_of_original"] for record in moved.values()]
+    assert report["mean_loss_of_original"] == pytest.approx(sum(of_original) / len(moved))
+    for name, record in moved.items():
+        differs = record["loss_of_original"] / record["loss"] - 1
+        if "layers.0.self_attn.q_proj" in name:  # nothing is compressed before it
+            assert abs(differs) < 1e-3, name
+        elif "layers.1." in name:
+            assert differs > 0, name
+
+
 def test_each_block_is_calibrated_on_the_compressed_blocks_before_it(text):
     def second_block_loss(overrides):
         model = tiny_model(FAMILIES[0]).float()

@@ -15,7 +15,7 @@ from subbit.calibration import Calibrator, Statistics
 from subbit.coarse import CoarseStage, Kept
 from subbit.committed import CommittedBlocks
 from subbit.lessons import Lessons
-from subbit.linalg import GramAccumulator
+from subbit.linalg import GramAccumulator, relative_loss
 from subbit.methods import LinearStats, Method
 from subbit.model import (
     Blocks,
@@ -312,6 +312,8 @@ class Job:
             "paper_bits": bits.paper_bits,
             "stored_bits": bits.stored_bits,
         }
+        if self.recipe.asymmetry.strength:  # W was perhaps not what the method aimed at
+            record["loss_of_original"] = relative_loss(W, result.dequantize(), inputs.H)
         self.result.records[full] = record
         timing = {"seconds": round(time.monotonic() - begun, 4), "peak_rss_bytes": peak_rss_bytes()}
         return {"block": i, "name": full, **record, **timing}

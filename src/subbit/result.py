@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from subbit.hub.atomic import save_atomically
@@ -71,6 +72,7 @@ def totals(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             share of salient columns are averaged over weights, the loss over linears.
     """
     records = list(records)
+    of_original = [r["loss_of_original"] for r in records if "loss_of_original" in r]
     weights = [record["shape"][0] * record["shape"][1] for record in records]
 
     def mean(key: str) -> float:
@@ -79,7 +81,8 @@ def totals(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "linears": len(weights),
         "weights": sum(weights),
-        "mean_loss": sum(record["loss"] for record in records) / len(weights),
+        "mean_loss": fmean(record["loss"] for record in records),
+        **({"mean_loss_of_original": fmean(of_original)} if of_original else {}),
         "paper_bits": mean("paper_bits"),
         "stored_bits": mean("stored_bits"),
         "salient_share": mean("salient_share"),

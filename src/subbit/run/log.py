@@ -18,6 +18,7 @@ LOG_FIELDS: dict[str, str] = {
     "nm": "[N, M], N kept of every M, as given by the coarse stage; null where nothing is pruned",
     "loss": "tr((W-Q) H (W-Q)^T) / tr(W H W^T) on the calibration tokens, before refitting; W is "
     "what was aimed at, with `asymmetry` not the original weight",
+    "loss_of_original": "only with `asymmetry`: the same with the original weight as W",
     "salient_share": "share of the columns that are salient",
     "damping": "share of mean(diag H) that was added to the diagonal of H",
     "tokens": "calibration tokens behind H",
