@@ -136,11 +136,12 @@ def test_a_step_that_makes_it_worse_is_taken_back(text):
 MODEL = ["refit.steps=0", "refit.model_steps=16", "refit.model_rate=0.004"]
 
 
-def windows(family, source):
+def windows(family, source, **kwargs):
     """The calibration windows of `fitted`."""
     sizes = dict(item.removeprefix("calibration.").split("=") for item in SMALL)
     counts = {key: int(sizes[key]) for key in ("nsamples", "seqlen")}
-    return calibration_windows(source, tiny_tokenizer(), tiny_model(family), **counts).tokens
+    model = tiny_model(family)
+    return calibration_windows(source, tiny_tokenizer(), model, **counts, **kwargs).tokens
 
 
 def divergence(model, other, tokens):
@@ -247,16 +248,18 @@ def test_gradients_do_not_vanish_in_float16(text):
     assert len(zeros) == 2 and max(zeros) < 0.01  # some outputs may be right
 
 
+@pytest.mark.parametrize("pieces", ["null", "10"])
 @pytest.mark.parametrize("learns_from", ["calibration", "sampled"])
 @pytest.mark.parametrize("fails", ["refit_model", "commit_of"])
 def test_an_interrupted_refit_of_the_model_resumes_to_the_same_bytes(
-    fails, learns_from, text, tmp_path, monkeypatch
+    fails, learns_from, pieces, text, tmp_path, monkeypatch
 ):
     from subbit import committed, job
     from subbit.text import sample
 
     model = tiny_model("gpt2")
     changes = [*REFIT, *MODEL[1:], f"refit.model_text={learns_from}"]
+    changes.append(f"refit.model_seqlen={pieces}")
     kwargs = {"tokenizer": tiny_tokenizer(), "overrides": changes}
     whole = compress(copy.deepcopy(model), text, **kwargs)
     place = {"refit_model": job, "commit_of": committed}[fails]
@@ -347,6 +350,52 @@ def test_the_model_learns_from_what_it_writes(text, monkeypatch):
     for block, call in zip(blocks.modules, calls):
         more = run_block(block, more, call)
     assert torch.allclose(more, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("learns_from", ["calibration", "sampled"])
+@pytest.mark.parametrize("bos", ["none", "window"])
+def test_the_model_learns_from_pieces_of_windows(bos, learns_from, text, monkeypatch):
+    from subbit import job
+
+    seen, real = [], job.refit_model
+
+    def watched(model, blocks, linears, hidden, target, calls, spec, order, **kwargs):
+        seen.append((hidden, target, order))
+        return real(model, blocks, linears, hidden, target, calls, spec, order, **kwargs)
+
+    monkeypatch.setattr(job, "refit_model", watched)
+    changes = [f"refit.model_text={learns_from}", "refit.model_seqlen=10", f"bos={bos}"]
+    done = fitted("llama", text, *MODEL, *changes)
+    (line,) = refit_lines(done)
+    assert line["refit"]["after"] < 0.95 * line["refit"]["before"]
+    ((hidden, target, order),) = seen
+    original, tokens = tiny_model("llama"), windows("llama", text, bos=bos)
+    each = tokens.shape[1] // 10
+    assert each > 1 and tokens.shape[1] % 10
+    pieces = torch.stack([window[i * 10 : i * 10 + 10] for window in tokens for i in range(each)])
+    if bos == "window":
+        pieces[:, 0] = tiny_tokenizer().bos_token_id
+    with torch.no_grad():
+        embedded = original.get_input_embeddings()(pieces)
+    given = len(pieces)
+    assert torch.equal(hidden[:given], embedded)
+    steps = len(order)
+    written = steps // 2 if learns_from == "sampled" else 0
+    assert given + written <= len(hidden) == len(target) < given + written + each
+    expected = [step % given for step in range(steps - written)]
+    assert [window for window in order if window < given] == expected
+    assert [window for window in order if window >= given] == list(range(given, given + written))
+    blocks = find_blocks(original)
+    for block, call in zip(blocks.modules, record_calls(original, blocks, pieces)):
+        hidden = run_block(block, hidden, call)
+    assert torch.allclose(hidden, target, atol=1e-5)
+
+
+def test_windows_too_short_to_be_cut_are_taken_whole():
+    assert RefitSpec().pieces(2048) == 1
+    assert [RefitSpec(model_seqlen=512).pieces(n) for n in (64, 512, 1023, 1024, 2047)] == [
+        1, 1, 1, 2, 3,
+    ]  # fmt: skip
 
 
 def test_a_finished_refit_of_the_model_is_not_done_again(text, tmp_path, monkeypatch):

@@ -105,8 +105,11 @@ class Job:
     @property
     def _steps_of_model(self) -> int:
         """Steps of refitting all blocks together."""
-        steps, judged = self.recipe.refit.model_steps, 2 * min(JUDGED, len(self.tokens))
-        return len(self.blocks.modules) * (STEP * steps + judged) if steps else 0
+        spec, (nsamples, seqlen) = self.recipe.refit, self.tokens.shape
+        pieces = spec.pieces(seqlen)
+        judged = 2 * min(JUDGED, nsamples * pieces)
+        runs = STEP * spec.model_steps + judged if spec.model_steps else 0
+        return len(self.blocks.modules) * runs // pieces
 
     def _steps_of_block(self, i: int) -> int:
         """Steps of compressing one block, without propagation."""
@@ -361,14 +364,14 @@ class Job:
                 self.names,
                 hidden,
                 target,
-                calibrator.calls,
+                lessons.calls,
                 self.recipe.refit,
                 lessons.order(),
                 frozen=[self._frozen(i) for i in range(len(self.names))],
                 device=self.device,
                 shelf=self.workdir,
-                advance=bar.advance,
-                skip=bar.skip,
+                advance=lambda runs: bar.advance(runs / lessons.pieces),
+                skip=lambda runs: bar.skip(runs / lessons.pieces),
             )
         self.result.log.append({"name": "all blocks", **_refit_facts(done, begun)})
         with self._stage("commit"):

@@ -168,6 +168,8 @@ class RefitSpec(_Spec):
             or a factor for all of them, and each by itself a fifth as fast ("factor").
         model_text: what they learn from then: the "calibration" windows in turn, or at every other
             step a window that the original model wrote, starting from pieces of those ("sampled").
+        model_seqlen: a step takes a piece of so many tokens, seen by itself, instead of a window;
+            None, or more than half a window: whole windows.
     """
 
     steps: int = Field(0, ge=0)
@@ -177,6 +179,11 @@ class RefitSpec(_Spec):
     model_rate: float = Field(0.0025, gt=0)
     model_levels: Literal["free", "factor"] = "free"
     model_text: Literal["calibration", "sampled"] = "calibration"
+    model_seqlen: int | None = Field(None, ge=2)
+
+    def pieces(self, seqlen: int) -> int:
+        """How many pieces a window of so many tokens is cut into, for refitting all blocks."""
+        return max(1, seqlen // (self.model_seqlen or seqlen))
 
 
 class CoarseSpec(_Spec):
