@@ -380,6 +380,7 @@ def test_bad_input_ends_early_and_leaves_nothing(folder, text, tmp_path):
         [],
         ["refit.steps=2"],
         ["refit.model_steps=2", "refit.model_text=sampled"],
+        ["refit.model_steps=2", "refit.model_seqlen=10"],
         ["calibration.outputs=gradient"],
         ["coarse.allocation=measured"],
     ],

@@ -323,7 +323,8 @@ def test_nothing_to_learn_is_no_error(refit, text):
     assert all(line["refit"]["after"] == line["refit"]["before"] for line in refit_lines(done))
 
 
-def test_the_model_learns_from_what_it_writes(text, monkeypatch):
+def lessons_seen(monkeypatch):
+    """A list that takes what every refit of a model is given: hidden states, target, order."""
     from subbit import job
 
     seen, real = [], job.refit_model
@@ -333,6 +334,11 @@ def test_the_model_learns_from_what_it_writes(text, monkeypatch):
         return real(model, blocks, linears, hidden, target, calls, spec, order, **kwargs)
 
     monkeypatch.setattr(job, "refit_model", watched)
+    return seen
+
+
+def test_the_model_learns_from_what_it_writes(text, monkeypatch):
+    seen = lessons_seen(monkeypatch)
     for learns_from in ("calibration", "sampled"):
         done = fitted("llama", text, *MODEL, f"refit.model_text={learns_from}")
         (line,) = refit_lines(done)
@@ -355,15 +361,7 @@ def test_the_model_learns_from_what_it_writes(text, monkeypatch):
 @pytest.mark.parametrize("learns_from", ["calibration", "sampled"])
 @pytest.mark.parametrize("bos", ["none", "window"])
 def test_the_model_learns_from_pieces_of_windows(bos, learns_from, text, monkeypatch):
-    from subbit import job
-
-    seen, real = [], job.refit_model
-
-    def watched(model, blocks, linears, hidden, target, calls, spec, order, **kwargs):
-        seen.append((hidden, target, order))
-        return real(model, blocks, linears, hidden, target, calls, spec, order, **kwargs)
-
-    monkeypatch.setattr(job, "refit_model", watched)
+    seen = lessons_seen(monkeypatch)
     changes = [f"refit.model_text={learns_from}", "refit.model_seqlen=10", f"bos={bos}"]
     done = fitted("llama", text, *MODEL, *changes)
     (line,) = refit_lines(done)

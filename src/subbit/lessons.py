@@ -53,6 +53,8 @@ class Lessons:
         self.seed, self.bos = recipe.calibration.seed, recipe.calibration.bos
         self.spec = recipe.refit
         self.pieces = self.spec.pieces(tokens.shape[1])
+        self._length = tokens.shape[1] if self.pieces == 1 else self.spec.model_seqlen
+        self._given = len(tokens) * self.pieces  # texts out of the calibration windows
         written = self.spec.model_steps // 2 if self.spec.model_text == "sampled" else 0
         self.count = -(-written // self.pieces)
         self._written = tokens[:0]
@@ -111,7 +113,7 @@ class Lessons:
         Those of the calibration windows in turn; where windows were written, they take every other
         step.
         """
-        given, steps = len(self.tokens) * self.pieces, range(self.spec.model_steps)
+        given, steps = self._given, range(self.spec.model_steps)
         if not self.count:
             return [step % given for step in steps]
         return [given + step // 2 if step % 2 else step // 2 % given for step in steps]
@@ -119,10 +121,9 @@ class Lessons:
     def _texts(self) -> Tensor:
         """All windows, or the pieces that they are cut into; the rest of a window is left out."""
         windows = torch.cat((self.tokens, self._written))
-        length = windows.shape[1] if self.pieces == 1 else self.spec.model_seqlen
-        texts = windows[:, : self.pieces * length].reshape(-1, length)
+        texts = windows[:, : self.pieces * self._length].reshape(-1, self._length)
         if self.bos == "window":
-            texts[: len(self.tokens) * self.pieces, 0] = self.tokens[0, 0]
+            texts[: self._given, 0] = self.tokens[0, 0]
         return texts
 
     def _write(self, workdir: Workdir | None, advance: Advance) -> Tensor:
