@@ -44,12 +44,12 @@ def main() -> None:
         "--recipe", nargs="+", default=["pbs2p-plus-6-8", "pbs2p-plus-4-8", "pbs2p-plus-8-levels"]
     )
     parser.add_argument("--calibration", default="c4")
-    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--nsamples", type=int, nargs=1, default=[8])
     parser.add_argument("--held-out", type=int, default=1)
     parser.add_argument("--seqlen", type=int, default=2048)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    problems = collect(args)
+    (problems,) = collect(args).values()
     for name in args.recipe:
         recipe = load_recipe(name)
         settings = Settings(recipe.blocksize, recipe.percdamp, levels=recipe.levels)
