@@ -10,13 +10,14 @@ PYTHON =
 VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+COMPILED = $(wildcard src/subbit/packed/kernels/*.cpp src/subbit/packed/kernels/b3/*.h src/subbit/binarize/*.cpp)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: install demo test wheel fmt lint clean
 
 install: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml src/subbit/packed/kernels/b3.cpp src/subbit/binarize/descent.cpp
+$(STAMP): requirements.txt pyproject.toml $(COMPILED)
 	@set -e; \
 	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
 	for python in $(PYTHON) python3.11 python3.12 python3.13 python3 none; do \

@@ -117,7 +117,7 @@ def test_few_levels_take_two_bits_a_code(linear):
 
 
 def test_golden_unit():
-    """The bytes of a unit and a half one: what b3.cpp was written for."""
+    """The bytes of a unit and a half one: what b3/layout.h was written for."""
     rows, cols = 16, 192
     base = make_int8(rows, cols, nm=None, seed=0)
     place = torch.arange(rows * cols).view(rows, cols)

@@ -1,4 +1,4 @@
-"""The compiled kernels (b3.cpp), reached through ctypes: which there are, and calls into them.
+"""The compiled kernels (b3.cpp and b3/), reached through ctypes: which there are, and calls.
 
 The shared object is built with the package where there is a C++ compiler. It needs no torch to be
 built and none of torch's headers; with torch loaded first both share one OpenMP.
