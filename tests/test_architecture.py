@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,11 @@ def test_loading_needs_no_method_text_model_or_study():
     assert "subbit.hub.load" in loaded
     for room in NOT_TO_LOAD:
         assert not [name for name in loaded if name.split(".")[:2] == ["subbit", room]]
+
+
+def test_every_header_of_the_kernel_is_named():
+    """Setuptools takes no pattern; one left out would be missing from a source distribution."""
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (kernel,) = (e for e in built["ext-modules"] if e["name"] == "subbit.packed.kernels._b3")
+    headers = (SOURCE / "packed" / "kernels").rglob("*.h")
+    assert sorted(kernel["depends"]) == sorted(h.relative_to(ROOT).as_posix() for h in headers)
