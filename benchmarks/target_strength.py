@@ -5,11 +5,11 @@
     python benchmarks/target_strength.py --model MODEL --dense DIR [--nsamples 8] [--held-out 4]
 
 DIR is MODEL with its linears compressed, one after the other, on the first `--nsamples` windows.
-With `asymmetry.strength` b a linear's target is `W + b D`, where W + D predicts best what the
+With `asymmetry.strength` b a linear's target is `W + b shift`, and W + shift predicts best what the
 original model puts out (`subbit.linalg.shifted_target`). What is left of its error is a parabola
-in b. For each damping of D and kind of linear a line has, as means over blocks: the b of the least
-error on the calibration windows, that on the windows that follow, what is left there on these, as
-a share of the error at b = 0, and what is left at each `--strength`.
+in b. For each damping of the shift and kind of linear a line has, as means over blocks: the b of
+the least error on the calibration windows, that on the windows that follow, what is left there on
+these, as a share of the error at b = 0, and what is left at each `--strength`.
 """
 
 import argparse
@@ -55,9 +55,7 @@ class Gap:
 
     def parabola(self, name: str, shift: Tensor) -> tuple[float, float]:
         """What b and b^2 add to the error of `W + b shift`, as shares of it at b = 0."""
-        pull = self.weights[name] @ (self.pair.C - self.pair.H)
-        pull = pull if self.pair.D is None else pull + self.pair.D
-        slope = -2 * float((shift * pull).sum(dtype=torch.float64))
+        slope = -2 * float((shift * self.pair.pull(self.weights[name])).sum(dtype=torch.float64))
         return slope / self.errors[name], error_energy(shift, self.pair.H) / self.errors[name]
 
 

@@ -82,6 +82,14 @@ class PairAccumulator(GramAccumulator):
                 self.D = x.new_zeros(gap.shape[1], x.shape[1])
             self.D.addmm_(gap.to(x).T, x)
 
+    def pull(self, W: Tensor) -> Tensor:
+        """`W (C - H) + D`, float32 as `W` `(rows, features)`.
+
+        Minus half the slope in W of how far `x W^T` is from the original model's outputs, squared.
+        """
+        pull = W @ (self.C - self.H)
+        return pull if self.D is None else pull + self.D
+
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x * weight.to(x)[:, None]

@@ -26,10 +26,7 @@ def shifted_target(W: Tensor, pair: PairAccumulator, strength: float, percdamp: 
     Returns:
         Float32 `(rows, cols)`; W itself where the inputs are all 0 or the system cannot be solved.
     """
-    H = pair.H
-    pull = W @ (pair.C - H)
-    if pair.D is not None:
-        pull += pair.D
+    pull, H = pair.pull(W), pair.H
     damp = max(percdamp, 1e-6) * H.diagonal().mean()
     damped = H.double() + damp.double() * torch.eye(len(H), dtype=torch.float64, device=H.device)
     lower, info = torch.linalg.cholesky_ex(damped)
